@@ -1,0 +1,2 @@
+//! The `sparge` command.
+fn main() {}
