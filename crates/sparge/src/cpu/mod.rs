@@ -1,0 +1,16 @@
+//! The CPU backend: the driver that walks the blocks, and tile kernels per instruction set.
+
+mod avx2;
+mod avx512;
+mod dispatch;
+mod driver;
+mod kernels;
+mod scalar;
+mod simd;
+mod tile;
+
+pub use dispatch::Isa;
+pub(crate) use dispatch::{TileKernels, kernels};
+pub(crate) use driver::attend;
+pub(crate) use kernels::{PackedQ, Rows, Running, Scores};
+pub(crate) use tile::Qkv;

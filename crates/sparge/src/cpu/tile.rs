@@ -1,0 +1,283 @@
+//! One query block against its key blocks: the online softmax, strip by strip.
+
+use super::kernels::{Accumulator, PackedQ, Rows, Running, STRIP, Scores};
+use crate::config::ElementMask;
+use crate::geometry::{BLOCK_KV, BLOCK_Q, Coverage, Sequence};
+use crate::plan::{HeadAt, Plan};
+use crate::tensor::{Element, TensorView};
+use std::ops::Range;
+
+/// Rows that stage 2 skips together.
+pub(crate) const SKIP_ROWS: usize = 16;
+
+/// The tensors of a call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Qkv<'a, T> {
+    pub(crate) q: TensorView<'a, T>,
+    pub(crate) k: TensorView<'a, T>,
+    pub(crate) v: TensorView<'a, T>,
+}
+
+/// A query block and the key blocks it attends to.
+#[derive(Debug)]
+pub(crate) struct BlockJob {
+    pub(crate) at: HeadAt,
+    pub(crate) q_block: usize,
+    /// Ascending; every one reachable.
+    pub(crate) kv_blocks: Vec<usize>,
+}
+
+/// Everything a thread needs, allocated once per call.
+#[derive(Debug, Default)]
+pub(crate) struct Worker {
+    strips: [Strip; BLOCK_Q / STRIP],
+    scores: Vec<f32>,
+    stage: Stage,
+}
+
+/// The state of one strip while it walks the key blocks.
+#[derive(Debug, Default)]
+struct Strip {
+    rows: Range<usize>,
+    q: PackedQ,
+    running: Running,
+    o: Vec<f32>,
+}
+
+/// f32 copies of the tiles that cannot be read in place.
+#[derive(Debug, Default)]
+struct Stage {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Worker {
+    /// Computes a block; row i of it goes to `out[i]`, its natural-log LSE to `lse[i]`.
+    /// Returns the number of (16-row group, key block) pairs whose P·V was computed.
+    pub(crate) fn attend<T: Element>(
+        &mut self,
+        plan: &Plan<'_>,
+        x: &Qkv<'_, T>,
+        job: &BlockJob,
+        out: &mut [&mut [T]],
+        mut lse: Option<&mut [f32]>,
+    ) -> u64 {
+        let seq = plan.sequences[job.at.sequence];
+        let rows = seq.q_block(job.q_block);
+        let strips = rows.len().div_ceil(STRIP);
+        let pitch = plan.shape.head_dim_v.next_multiple_of(plan.kernels.lanes);
+        for (i, strip) in self.strips[..strips].iter_mut().enumerate() {
+            let start = rows.start + i * STRIP;
+            let range = start..(start + STRIP).min(rows.end);
+            strip.start(plan, &x.q, job.at, &seq, range, pitch, &mut self.stage.q);
+        }
+        let mut groups = 0;
+        for &block in &job.kv_blocks {
+            let keys = seq.kv_block(block);
+            let (k, v) = self.stage.tiles(plan, x, job.at, &seq, &keys, pitch);
+            for strip in &mut self.strips[..strips] {
+                // The block is reachable; a strip of it may not be, or may be whole.
+                let coverage = plan.tile_coverage(job.at, &strip.rows, &keys);
+                if coverage != Coverage::Empty {
+                    let tile = Tile { at: job.at, keys: keys.clone(), coverage, k, v, pitch };
+                    groups += strip.step(plan, &tile, &mut self.scores);
+                }
+            }
+        }
+        for (i, strip) in self.strips[..strips].iter_mut().enumerate() {
+            let at = i * STRIP..i * STRIP + strip.rows.len();
+            let lse = lse.as_deref_mut().map(|lse| &mut lse[at.clone()]);
+            strip.finish(&mut out[at], lse, pitch);
+        }
+        groups
+    }
+}
+
+/// A key block as a strip meets it.
+struct Tile<'a> {
+    at: HeadAt,
+    keys: Range<usize>,
+    coverage: Coverage,
+    k: Rows<'a>,
+    v: Rows<'a>,
+    pitch: usize,
+}
+
+impl Strip {
+    #[expect(clippy::too_many_arguments, reason = "one call site, each argument its own type")]
+    fn start<T: Element>(
+        &mut self,
+        plan: &Plan<'_>,
+        q: &TensorView<'_, T>,
+        at: HeadAt,
+        seq: &Sequence,
+        rows: Range<usize>,
+        pitch: usize,
+        staged: &mut Vec<f32>,
+    ) {
+        let dim = plan.shape.head_dim;
+        let row = |i: usize| q.row(seq.batch, at.head, seq.q_start + rows.start + i);
+        staged.resize(rows.len() * dim, 0.0);
+        for i in 0..rows.len() {
+            T::widen(row(i), &mut staged[i * dim..][..dim]);
+        }
+        let kernels = plan.kernels;
+        let panel = if rows.len() <= kernels.lanes { kernels.lanes } else { kernels.panel };
+        // Scores come out in log2 units: softmax is 2^(s·log2 e) then.
+        let scale = (plan.softmax_scale * std::f64::consts::LOG2_E) as f32;
+        self.q.pack(rows.len(), dim, panel, scale, |i| &staged[i * dim..]);
+        self.running.reset(self.q.width);
+        self.o.clear();
+        self.o.resize(rows.len() * pitch, 0.0);
+        self.rows = rows;
+    }
+
+    /// One key block; returns the 16-row groups whose P·V was computed.
+    fn step(&mut self, plan: &Plan<'_>, tile: &Tile<'_>, scores: &mut Vec<f32>) -> u64 {
+        let kernels = plan.kernels;
+        let pitch = Scores::pitch(self.q.width);
+        scores.resize(BLOCK_KV * Scores::pitch(STRIP.max(self.q.width)), 0.0);
+        let mut s =
+            Scores { data: scores, pitch, keys: tile.keys.len(), width: self.q.width };
+        (kernels.qk)(&self.q, &tile.k, &mut s);
+        if tile.coverage == Coverage::Partial {
+            apply_mask(plan, tile, &self.rows, &mut s);
+        }
+        (kernels.softmax)(&mut s, &mut self.running);
+
+        let lambda = (plan.heads[tile.at.head].lambda * std::f64::consts::LOG2_E) as f32;
+        // A masked pair has P = 0, which must not meet a NaN or ∞ in V.
+        let guarded = tile.coverage == Coverage::Partial && !is_finite(&tile.v);
+        let mut groups = 0;
+        let mut pending = 0..0;
+        for start in (0..self.rows.len()).step_by(SKIP_ROWS) {
+            let group = start..(start + SKIP_ROWS).min(self.rows.len());
+            if lambda < f32::INFINITY && self.running.is_idle(&group, lambda) {
+                self.pv(plan, tile, &s, std::mem::take(&mut pending), guarded);
+            } else {
+                groups += 1;
+                pending = if pending.is_empty() { group } else { pending.start..group.end };
+            }
+        }
+        self.pv(plan, tile, &s, pending, guarded);
+        groups
+    }
+
+    fn pv(
+        &mut self,
+        plan: &Plan<'_>,
+        tile: &Tile<'_>,
+        p: &Scores<'_>,
+        rows: Range<usize>,
+        guarded: bool,
+    ) {
+        let mut o = Accumulator { data: &mut self.o, pitch: tile.pitch };
+        let alpha = &self.running.alpha;
+        if !guarded {
+            (plan.kernels.pv)(p, alpha, &tile.v, rows, &mut o);
+            return;
+        }
+        for i in rows {
+            let o = &mut o.data[i * o.pitch..][..tile.v.dim];
+            o.iter_mut().for_each(|o| *o *= alpha[i]);
+            for (key, j) in tile.keys.clone().enumerate() {
+                if plan.sees(tile.at, self.rows.start + i, j) {
+                    let p = p.data[key * p.pitch + i];
+                    let v = &tile.v.data[key * tile.v.stride..][..tile.v.dim];
+                    o.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
+                }
+            }
+        }
+    }
+
+    fn finish<T: Element>(
+        &mut self,
+        out: &mut [&mut [T]],
+        mut lse: Option<&mut [f32]>,
+        pitch: usize,
+    ) {
+        for (i, out) in out.iter_mut().enumerate() {
+            let (max, sum) = (self.running.max[i], self.running.sum[i]);
+            let o = &mut self.o[i * pitch..][..out.len()];
+            // sum = 0: the row attends to nothing, and its o is 0.
+            let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+            o.iter_mut().for_each(|o| *o *= inverse);
+            T::narrow(o, out);
+            if let Some(lse) = lse.as_deref_mut() {
+                lse[i] = ((f64::from(max) + f64::from(sum).log2()) * std::f64::consts::LN_2) as f32;
+            }
+        }
+    }
+}
+
+impl Running {
+    /// Whether no row of `rows` has, in the last tile, a score within `lambda` of its maximum.
+    fn is_idle(&self, rows: &Range<usize>, lambda: f32) -> bool {
+        rows.clone().all(|i| {
+            let max = self.tile_max[i];
+            max == f32::NEG_INFINITY || max < self.max[i] - lambda
+        })
+    }
+}
+
+impl Stage {
+    /// The key and value tile, in place where they are f32 (and V a whole number of vectors wide),
+    /// as f32 copies otherwise.
+    fn tiles<'s, T: Element>(
+        &'s mut self,
+        plan: &Plan<'_>,
+        x: &Qkv<'s, T>,
+        at: HeadAt,
+        seq: &Sequence,
+        keys: &Range<usize>,
+        pitch: usize,
+    ) -> (Rows<'s>, Rows<'s>) {
+        let head = plan.shape.kv_head(at.head);
+        let tile = |x: &TensorView<'_, T>, buffer: &mut Vec<f32>, pitch: usize| {
+            let dim = x.dims().dim;
+            buffer.resize(BLOCK_KV * pitch, 0.0);
+            for (i, token) in keys.clone().enumerate() {
+                let to = &mut buffer[i * pitch..][..pitch];
+                T::widen(x.row(seq.batch, head, seq.kv_start + token), &mut to[..dim]);
+                to[dim..].fill(0.0);
+            }
+        };
+        let first = seq.kv_start + keys.start;
+        let len = keys.len();
+        let in_place = |x: &TensorView<'s, T>, pitch: usize| {
+            let data = T::as_f32(x.rows_from(seq.batch, head, first))?;
+            let (stride, dim) = (x.strides().token, x.dims().dim);
+            (dim == pitch).then_some(Rows { data, stride, len, dim })
+        };
+        let dim = plan.shape.head_dim;
+        let k = in_place(&x.k, dim).unwrap_or_else(|| {
+            tile(&x.k, &mut self.k, dim);
+            Rows { data: &self.k, stride: dim, len, dim }
+        });
+        let v = in_place(&x.v, pitch).unwrap_or_else(|| {
+            tile(&x.v, &mut self.v, pitch);
+            Rows { data: &self.v, stride: pitch, len, dim: pitch }
+        });
+        (k, v)
+    }
+}
+
+/// Sets what a row may not see to −∞ and adds the bias, in log2 units.
+fn apply_mask(plan: &Plan<'_>, tile: &Tile<'_>, rows: &Range<usize>, s: &mut Scores<'_>) {
+    let at = tile.at;
+    for (column, i) in rows.clone().enumerate() {
+        for (key, j) in tile.keys.clone().enumerate() {
+            let s = &mut s.data[key * s.pitch + column];
+            if !plan.sees(at, i, j) {
+                *s = f32::NEG_INFINITY;
+            } else if let Some(ElementMask::Additive(_)) = plan.element_mask {
+                *s += plan.bias(at, i, j) * std::f32::consts::LOG2_E;
+            }
+        }
+    }
+}
+
+fn is_finite(v: &Rows<'_>) -> bool {
+    (0..v.len).all(|i| v.data[i * v.stride..][..v.dim].iter().all(|x| x.is_finite()))
+}

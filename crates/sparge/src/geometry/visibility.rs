@@ -1,0 +1,162 @@
+//! Which keys a query row may see: causal diagonal, sliding window, sinks.
+
+use super::Sequence;
+use super::shape::BLOCK_KV;
+use crate::config::{Alignment, AttentionOptions};
+use std::ops::Range;
+
+/// The visible keys of a row are `0..sink` and `lo..hi`, both cut at `hi` and `kv_len`.
+/// `lo` and `hi` never fall from one row to the next; every method relies on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Visibility {
+    /// Key index on the diagonal of row 0.
+    offset: isize,
+    left: Option<usize>,
+    right: Option<usize>,
+    /// Keys before this one ignore `left`. A multiple of `BLOCK_KV`.
+    sink: usize,
+    kv_len: usize,
+}
+
+/// How much of a tile is visible.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Coverage {
+    Empty,
+    Partial,
+    Full,
+}
+
+impl Visibility {
+    pub(crate) fn new(options: &AttentionOptions<'_>, sequence: &Sequence) -> Self {
+        let window = options.window.unwrap_or_default();
+        let alignment = options.causal.unwrap_or(Alignment::BottomRight);
+        Self {
+            offset: match alignment {
+                Alignment::TopLeft => 0,
+                Alignment::BottomRight => sequence.kv_len as isize - sequence.q_len as isize,
+            },
+            left: window.left,
+            right: if options.causal.is_some() { Some(0) } else { window.right },
+            sink: options.sink_blocks.saturating_mul(BLOCK_KV),
+            kv_len: sequence.kv_len,
+        }
+    }
+
+    /// One past the last key row `i` sees.
+    pub(crate) fn hi(&self, i: usize) -> usize {
+        match self.right {
+            None => self.kv_len,
+            Some(right) => clamp(
+                (i as isize).saturating_add(self.offset).saturating_add_unsigned(right).saturating_add(1),
+                self.kv_len,
+            ),
+        }
+    }
+
+    /// The first key inside row `i`'s window.
+    fn lo(&self, i: usize) -> usize {
+        match self.left {
+            None => 0,
+            Some(left) => clamp(
+                (i as isize).saturating_add(self.offset).saturating_sub_unsigned(left),
+                self.kv_len,
+            ),
+        }
+    }
+
+    /// Whether row `i` sees key `j`.
+    pub(crate) fn sees(&self, i: usize, j: usize) -> bool {
+        j < self.hi(i) && (j >= self.lo(i) || j < self.sink)
+    }
+
+    /// How much of `rows` × `keys` is visible. `keys` does not cross the end of the sinks.
+    pub(crate) fn tile(&self, rows: &Range<usize>, keys: &Range<usize>) -> Coverage {
+        if rows.is_empty() || keys.is_empty() {
+            return Coverage::Empty;
+        }
+        let (first, last) = (rows.start, rows.end - 1);
+        let in_sink = keys.end <= self.sink;
+        if self.hi(first) >= keys.end && (in_sink || self.lo(last) <= keys.start) {
+            return Coverage::Full;
+        }
+        // The first row whose `hi` passes keys.start has the smallest `lo` of those that do.
+        let reaching = match self.right {
+            None => first,
+            Some(right) => {
+                let row = (keys.start as isize)
+                    .saturating_sub(self.offset)
+                    .saturating_sub_unsigned(right);
+                first.max(usize::try_from(row).unwrap_or(0))
+            }
+        };
+        if reaching > last || self.hi(reaching) <= keys.start {
+            return Coverage::Empty;
+        }
+        if in_sink || self.lo(reaching) < keys.end { Coverage::Partial } else { Coverage::Empty }
+    }
+
+    /// Whether any row is cut at a diagonal.
+    pub(crate) fn has_diagonal(&self) -> bool {
+        self.right.is_some()
+    }
+
+    /// The keys on the diagonal of `rows` (empty where there is none).
+    pub(crate) fn diagonal(&self, rows: &Range<usize>) -> Range<usize> {
+        if self.right.is_none() || rows.is_empty() {
+            return 0..0;
+        }
+        let at = |i: usize| clamp((i as isize).saturating_add(self.offset), self.kv_len);
+        let past = |i: usize| {
+            clamp((i as isize).saturating_add(self.offset).saturating_add(1), self.kv_len)
+        };
+        at(rows.start)..past(rows.end - 1)
+    }
+}
+
+fn clamp(x: isize, max: usize) -> usize {
+    usize::try_from(x).unwrap_or(0).min(max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Window;
+
+    #[test]
+    fn tiles_agree_with_elements() {
+        let kv_len = 200;
+        for q_len in [1, 150, 200, 260] {
+            let seq = Sequence { batch: 0, q_start: 0, q_len, kv_start: 0, kv_len };
+            for causal in [None, Some(Alignment::TopLeft), Some(Alignment::BottomRight)] {
+                for (left, right) in [(None, None), (Some(0), None), (Some(70), Some(3)), (Some(90), Some(0))] {
+                    for sink_blocks in [0, 1] {
+                        let options = AttentionOptions {
+                            causal,
+                            window: Some(Window { left, right }),
+                            sink_blocks,
+                            ..Default::default()
+                        };
+                        let vis = Visibility::new(&options, &seq);
+                        for r0 in (0..q_len).step_by(16) {
+                            let rows = r0..(r0 + 16).min(q_len);
+                            for k0 in (0..kv_len).step_by(16) {
+                                let keys = k0..(k0 + 16).min(kv_len);
+                                let seen = rows
+                                    .clone()
+                                    .flat_map(|i| keys.clone().map(move |j| (i, j)))
+                                    .filter(|&(i, j)| vis.sees(i, j))
+                                    .count();
+                                let expected = match seen {
+                                    0 => Coverage::Empty,
+                                    n if n == rows.len() * keys.len() => Coverage::Full,
+                                    _ => Coverage::Partial,
+                                };
+                                assert_eq!(vis.tile(&rows, &keys), expected, "{vis:?} {rows:?} {keys:?}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

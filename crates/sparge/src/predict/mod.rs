@@ -1,0 +1,87 @@
+//! Stage 1: pool → judge → score → select. Which blocks of the attention map matter.
+
+mod pool;
+mod score;
+mod select;
+
+use crate::error::Result;
+use crate::geometry::AttentionShape;
+use crate::geometry::Coverage;
+use crate::mask::BlockMask;
+use crate::plan::{Budget, HeadAt, Plan};
+use crate::tensor::{Element, TensorView};
+use pool::PooledKeys;
+use rayon::prelude::*;
+use score::Scorer;
+
+/// Predicts the blocks that `plan`'s heads attend to.
+///
+/// Heads with [`crate::Selection::All`] get every reachable block.
+///
+/// # Errors
+/// [`crate::Error::Mismatch`] where q and k are not of the plan's shape.
+pub fn predict<T: Element>(
+    plan: &Plan<'_>,
+    q: &TensorView<'_, T>,
+    k: &TensorView<'_, T>,
+) -> Result<BlockMask> {
+    let v_dim = plan.shape.head_dim_v;
+    plan.check_shape(&AttentionShape { head_dim_v: v_dim, ..AttentionShape::of(q, k, k)? })?;
+    let mut mask = BlockMask::empty(plan.mask_shape())?;
+    let [_, num_qo_heads, q_blocks, _] = plan.mask_shape();
+
+    // The key side once per key/value head, shared by the query heads of its group.
+    let kv_heads = plan.shape.num_kv_heads;
+    let group = num_qo_heads / kv_heads;
+    let pooled: Vec<Option<PooledKeys>> = (0..plan.sequences.len() * kv_heads)
+        .into_par_iter()
+        .map(|i| {
+            let heads = &plan.heads[i % kv_heads * group..][..group];
+            let needed = heads.iter().any(|h| h.budget != Budget::All);
+            needed.then(|| PooledKeys::new(plan, k, i / kv_heads, i % kv_heads))
+        })
+        .collect();
+
+    let rows: Vec<&mut [u64]> = mask.rows_mut().collect();
+    rows.into_par_iter().enumerate().for_each_init(Scorer::default, |scorer, (i, words)| {
+        let at = HeadAt { sequence: i / q_blocks / num_qo_heads, head: i / q_blocks % num_qo_heads };
+        let q_block = i % q_blocks;
+        if q_block >= plan.sequences[at.sequence].q_blocks() {
+            return;
+        }
+        let keys = pooled[at.sequence * kv_heads + plan.shape.kv_head(at.head)].as_ref();
+        let mut keep = |j: usize| words[j / 64] |= 1 << (j % 64);
+        match (plan.heads[at.head].budget, keys) {
+            (Budget::Some { cdf, top_k }, Some(keys)) => {
+                let row = scorer.row(plan, q, at, q_block, keys);
+                select::select(row, cdf, top_k, keep);
+            }
+            _ => plan.reachable(at, q_block).for_each(&mut keep),
+        }
+    });
+    Ok(mask)
+}
+
+impl Plan<'_> {
+    /// The key blocks a query block may attend to.
+    pub(crate) fn reachable(&self, at: HeadAt, q_block: usize) -> impl Iterator<Item = usize> {
+        let seq = self.sequences[at.sequence];
+        let rows = seq.q_block(q_block);
+        (0..seq.kv_blocks()).filter(move |&j| self.coverage(at, &rows, j) != Coverage::Empty)
+    }
+
+    /// Every reachable block.
+    pub(crate) fn reachable_mask(&self) -> Result<BlockMask> {
+        let mut mask = BlockMask::empty(self.mask_shape())?;
+        for (sequence, seq) in self.sequences.iter().enumerate() {
+            for head in 0..self.shape.num_qo_heads {
+                for q_block in 0..seq.q_blocks() {
+                    for j in self.reachable(HeadAt { sequence, head }, q_block) {
+                        mask.set(sequence, head, q_block, j);
+                    }
+                }
+            }
+        }
+        Ok(mask)
+    }
+}

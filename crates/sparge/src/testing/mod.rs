@@ -1,0 +1,1 @@
+//! Generators and comparers for tests of any backend.
