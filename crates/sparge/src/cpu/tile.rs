@@ -178,14 +178,23 @@ impl Strip {
             (plan.kernels.pv)(p, alpha, &tile.v, rows, &mut o);
             return;
         }
+        // The finite part through the same kernel, so that rows which do not see the others get
+        // the same bits; then the rest, pair by visible pair.
+        let (dim, keys) = (tile.v.dim, tile.v.len);
+        let row = |key: usize| &tile.v.data[key * tile.v.stride..][..dim];
+        let finite: Vec<f32> = (0..keys)
+            .flat_map(|key| row(key).iter().map(|&v| if v.is_finite() { v } else { 0.0 }))
+            .collect();
+        let v = Rows { data: &finite, stride: dim, len: keys, dim };
+        (plan.kernels.pv)(p, alpha, &v, rows.clone(), &mut o);
         for i in rows {
-            let o = &mut o.data[i * o.pitch..][..tile.v.dim];
-            o.iter_mut().for_each(|o| *o *= alpha[i]);
+            let o = &mut o.data[i * o.pitch..][..dim];
             for (key, j) in tile.keys.clone().enumerate() {
                 if plan.sees(tile.at, self.rows.start + i, j) {
                     let p = p.data[key * p.pitch + i];
-                    let v = &tile.v.data[key * tile.v.stride..][..tile.v.dim];
-                    o.iter_mut().zip(v).for_each(|(o, v)| *o += p * v);
+                    for (o, &v) in o.iter_mut().zip(row(key)).filter(|(_, v)| !v.is_finite()) {
+                        *o += p * v;
+                    }
                 }
             }
         }
