@@ -6,6 +6,7 @@
 
 pub mod attention;
 mod error;
+mod gemm;
 pub mod gguf;
 mod linear;
 mod mapped;

@@ -12,12 +12,13 @@ use candle_core::quantized::{GgmlDType, ggml_file::qtensor_from_ggml};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::gemm::{self, Panels};
 use crate::gguf::{Header, TensorInfo};
 use crate::mapped::Mapped;
 use crate::quant::Format;
-use crate::simd;
+use crate::simd::{self, TILE_COLS};
 
-/// Floats in one dequantised tile (4 MiB): with its share of the activations it stays in the last-level cache.
+/// Floats in one dequantised tile (4 MiB): it stays in the last-level cache.
 const TILE: usize = 1 << 20;
 /// Below this many tokens the row-by-row product is used.
 const FEW_TOKENS: usize = 4;
@@ -81,19 +82,15 @@ impl Matrix {
         Ok(())
     }
 
-    /// Calls `each(first_row, tile)` for dequantised tiles of whole rows, in order.
-    pub(crate) fn tiles(&self, mut each: impl FnMut(usize, &[f32])) -> Result<()> {
-        let tile_rows = (TILE / self.cols).clamp(1, self.rows);
-        let mut tile = vec![0.0; tile_rows * self.cols];
+    /// Calls `each(first_row, panels)` for dequantised, packed tiles of whole rows, in order.
+    pub(crate) fn tiles(&self, mut each: impl FnMut(usize, &Panels)) -> Result<()> {
+        let tile_rows = (TILE / self.cols).next_multiple_of(TILE_COLS).min(self.rows);
+        let mut panels = Panels::new(tile_rows, self.cols);
         for first in (0..self.rows).step_by(tile_rows) {
-            let count = tile_rows.min(self.rows - first);
-            let tile = &mut tile[..count * self.cols];
-            let share = count.div_ceil(2 * rayon::current_num_threads());
-            tile.par_chunks_mut(share * self.cols).enumerate().try_for_each(|(i, part)| {
-                let start = first + i * share;
-                self.dequantise(start..start + part.len() / self.cols, part)
+            panels.fill(tile_rows.min(self.rows - first), |row, out| {
+                self.dequantise(first + row..first + row + out.len() / self.cols, out)
             })?;
-            each(first, tile);
+            each(first, &panels);
         }
         Ok(())
     }
@@ -136,17 +133,8 @@ pub(crate) fn apply(
 ) -> Result<()> {
     if tokens >= FEW_TOKENS {
         for (matrix, out) in layers {
-            let (rows, cols) = (matrix.rows, matrix.cols);
-            matrix.tiles(|first, tile| {
-                simd::gemm_nt(
-                    [tokens, tile.len() / cols, cols],
-                    x,
-                    tile,
-                    &mut out[first..],
-                    rows,
-                    accumulate,
-                );
-            })?;
+            let rows = matrix.rows;
+            matrix.tiles(|first, w| gemm::multiply(x, w, &mut out[first..], rows, accumulate))?;
         }
         return Ok(());
     }

@@ -1,7 +1,6 @@
 //! The block formats of GGUF files, and their dequantisation in plain Rust.
 //!
-//! The functions are `inline(always)` so that [`crate::simd`] can compile them once for the baseline
-//! instruction set and once for AVX2; the fixed-size inner loops are written to be vectorised.
+//! This is the portable path and the yardstick; [`crate::simd`] has the same in AVX2.
 
 use half::{bf16, f16};
 
@@ -123,7 +122,7 @@ fn each<const B: usize, const N: usize>(
 
 /// The `M` bytes from `at`.
 #[inline(always)]
-fn part<const M: usize>(block: &[u8], at: usize) -> &[u8; M] {
+pub(crate) fn part<const M: usize>(block: &[u8], at: usize) -> &[u8; M] {
     // The offsets are constants inside blocks of constant size: never out of range.
     match block[at..].first_chunk() {
         Some(bytes) => bytes,
@@ -132,7 +131,7 @@ fn part<const M: usize>(block: &[u8], at: usize) -> &[u8; M] {
 }
 
 #[inline(always)]
-fn half_at(block: &[u8], at: usize) -> f32 {
+pub(crate) fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes(*part::<2>(block, at)).to_f32()
 }
 
@@ -161,7 +160,7 @@ fn five_bits(high: &[u8; 4], q: &[u8; 16], y: &mut [f32; 32], scale: f32, min: f
 
 /// The 6-bit scale and minimum of sub-block `j` (0..8) of Q4_K and Q5_K.
 #[inline(always)]
-fn scale_min(s: &[u8; 12], j: usize) -> (f32, f32) {
+pub(crate) fn scale_min(s: &[u8; 12], j: usize) -> (f32, f32) {
     let (scale, min) = if j < 4 {
         (s[j] & 63, s[j + 4] & 63)
     } else {

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use crate::error::Result;
+use crate::gemm;
 use crate::linear::Matrix;
 use crate::simd;
 
@@ -15,13 +16,13 @@ const LOGITS: usize = 1 << 22;
 pub(super) fn nll(hidden: &[f32], head: &Matrix, targets: &[u32]) -> Result<Vec<f32>> {
     let mut states = vec![State { max: f32::NEG_INFINITY, sum: 0.0, target: 0.0 }; targets.len()];
     let mut logits = Vec::new();
-    head.tiles(|first, tile| {
-        let width = tile.len() / head.cols;
+    head.tiles(|first, w| {
+        let width = w.rows;
         let rows = (LOGITS / width).max(1);
         logits.resize(rows.min(targets.len()) * width, 0.0);
         for (chunk, states) in states.chunks_mut(rows).enumerate() {
             let x = &hidden[chunk * rows * head.cols..][..states.len() * head.cols];
-            simd::gemm_nt([states.len(), width, head.cols], x, tile, &mut logits, width, false);
+            gemm::multiply(x, w, &mut logits[..states.len() * width], width, false);
             let targets = &targets[chunk * rows..];
             states.par_iter_mut().zip(logits.par_chunks(width)).zip(targets).for_each(
                 |((state, row), target)| {
