@@ -196,12 +196,30 @@ pub(super) fn tile(mut t: Tile<'_>) {
             acc[i] = [_mm256_fmadd_ps(a, b[0], acc[i][0]), _mm256_fmadd_ps(a, b[1], acc[i][1])];
         }
     }
+    if t.cols == TILE_COLS {
+        assert!(t.c.len() >= (t.rows - 1) * t.c_stride + TILE_COLS);
+        for (i, acc) in acc.iter().enumerate().take(t.rows) {
+            let c = t.c[i * t.c_stride..].as_mut_ptr();
+            for (j, value) in acc.iter().enumerate() {
+                // SAFETY: the assertion gives row i sixteen elements of `c`, of which these are eight.
+                unsafe {
+                    let c = c.add(8 * j);
+                    let value = if t.accumulate {
+                        _mm256_add_ps(_mm256_loadu_ps(c), *value)
+                    } else {
+                        *value
+                    };
+                    _mm256_storeu_ps(c, value);
+                }
+            }
+        }
+        return;
+    }
     for i in 0..t.rows {
         let mut values = [0.0; TILE_COLS];
-        let (low, high) = values.split_at_mut(8);
-        for (v, y) in acc[i].into_iter().zip([low, high]) {
-            // SAFETY: both halves of `values` have eight elements.
-            unsafe { _mm256_storeu_ps(y.as_mut_ptr(), v) };
+        let (halves, _) = values.as_chunks_mut::<8>();
+        for (value, y) in acc[i].into_iter().zip(halves) {
+            store(value, y);
         }
         t.store(i, &values);
     }
