@@ -72,7 +72,7 @@ pub enum Selection {
 
 impl Selection {
     /// τ of [`Selection::Auto`].
-    pub const AUTO_CDF: f64 = 0.98;
+    pub const AUTO_CDF: f64 = 0.99;
     /// Shortest `kv_len` at which [`Selection::Auto`] predicts.
     pub const AUTO_MIN_LEN: usize = 1024;
 }
@@ -104,7 +104,7 @@ impl Pooling {
 
 impl Default for Pooling {
     fn default() -> Self {
-        Self::SUB_BLOCK
+        Self::SECOND_ORDER
     }
 }
 
@@ -136,9 +136,9 @@ pub struct SpargeConfig {
     /// Stage 2: P·V of a 16-row group and a key block is skipped where no row has a score within
     /// λ of its running maximum. A positive gap in natural-log units: the numerators dropped are
     /// below e^−λ of the largest; the denominator counts them all. Infinity turns it off. Default
-    /// 12. The paper's λ (there negative), `pvthreshd` in the authors' code (there in log2 units).
+    /// 6. The paper's λ (there negative), `pvthreshd` in the authors' code (there in log2 units).
     pub lambda: PerHead<f64>,
-    /// Granularity of the prediction. Default [`Pooling::SUB_BLOCK`].
+    /// Granularity of the prediction. Default [`Pooling::SECOND_ORDER`].
     pub pooling: Pooling,
     /// Key blocks at the start of the sequence that are always kept (attention sinks). Default 1.
     pub keep_first: usize,
@@ -153,7 +153,7 @@ impl Default for SpargeConfig {
         Self {
             selection: Selection::Auto.into(),
             theta: 0.0.into(),
-            lambda: 12.0.into(),
+            lambda: 6.0.into(),
             pooling: Pooling::default(),
             keep_first: 1,
             qk: QkPrecision::F32,
