@@ -1,1 +1,3 @@
-//! Sparse, quantised attention.
+//! Sparse attention for candle.
+
+pub mod op;

@@ -1,11 +1,14 @@
 //! Cuts a call into query blocks and runs them on the current rayon pool, the longest first.
 
+use super::kernels::STRIP;
 use super::tile::{BlockJob, Qkv, SKIP_ROWS, Worker};
 use crate::geometry::Coverage;
 use crate::mask::BlockMask;
 use crate::plan::{HeadAt, Plan};
+use crate::quant::Quantized;
 use crate::stats::{HeadStats, Stats};
 use crate::tensor::{Dims, Element, Layout};
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -14,6 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub(crate) fn attend<T: Element>(
     plan: &Plan<'_>,
     x: &Qkv<'_, T>,
+    quantized: Option<&Quantized>,
     mask: Option<&BlockMask>,
     out: &mut [T],
     lse: &mut [f32],
@@ -33,7 +37,7 @@ pub(crate) fn attend<T: Element>(
             let mut slot = slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let Slot { rows, lse, groups } = &mut *slot;
             let lse = (!lse.is_empty()).then_some(&mut **lse);
-            *groups = worker.attend(plan, x, &jobs[i], rows, lse);
+            *groups = worker.attend(plan, x, quantized, &jobs[i], rows, lse);
         }
     };
     let threads = rayon::current_num_threads().min(jobs.len());
@@ -59,14 +63,13 @@ fn jobs(plan: &Plan<'_>, mask: Option<&BlockMask>, stats: &mut Stats) -> Vec<Blo
             let mut count = HeadStats::default();
             for q_block in 0..seq.q_blocks() {
                 let rows = seq.q_block(q_block);
-                let groups = rows.len().div_ceil(SKIP_ROWS) as u64;
                 let mut kv_blocks = Vec::new();
                 for block in 0..seq.kv_blocks() {
                     if plan.coverage(at, &rows, block) == Coverage::Empty {
                         continue;
                     }
                     count.reachable_blocks += 1;
-                    count.reachable_groups += groups;
+                    count.reachable_groups += reachable_groups(plan, at, &rows, block);
                     if mask.is_none_or(|mask| mask.get(sequence, head, q_block, block)) {
                         kv_blocks.push(block);
                     }
@@ -78,6 +81,16 @@ fn jobs(plan: &Plan<'_>, mask: Option<&BlockMask>, stats: &mut Stats) -> Vec<Blo
         }
     }
     jobs
+}
+
+/// Groups of the strips that can reach `block`: the kernels pass over whole strips.
+fn reachable_groups(plan: &Plan<'_>, at: HeadAt, rows: &Range<usize>, block: usize) -> u64 {
+    let keys = plan.sequences[at.sequence].kv_block(block);
+    let strips = rows.clone().step_by(STRIP).map(|start| start..(start + STRIP).min(rows.end));
+    strips
+        .filter(|strip| plan.tile_coverage(at, strip, &keys) != Coverage::Empty)
+        .map(|strip| strip.len().div_ceil(SKIP_ROWS) as u64)
+        .sum()
 }
 
 /// Where one job writes.
