@@ -1,19 +1,18 @@
 //! `sparge attend`: one attention call on tensors from a file.
 
 use crate::error::Result;
-use crate::flags::{SelectionArgs, VisibilityArgs};
+use crate::flags::{LayoutArg, SelectionArgs, VisibilityArgs};
 use crate::input::{Extras, Qkv, element_type};
 use crate::safetensor::{self, Entry, Reader, Stored};
 use crate::terminal::{self, percent, seconds};
 use crate::{Context, memory, output};
-use clap::ValueEnum;
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
 use serde::Serialize;
 use sparge::reference::{self, Rules};
 use sparge::{
-    AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, BlockMask, Element, Isa, Layout, Plan,
-    Selection, SpargeConfig, TensorView, metrics,
+    AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, BlockMask, Element, Plan, Selection,
+    SpargeConfig, TensorView, metrics,
 };
 use std::path::PathBuf;
 use std::time::Instant;
@@ -58,25 +57,6 @@ pub(crate) struct Args {
     /// Also write block_mask, the computed blocks, U8 [batch, num_qo_heads, ⌈qo_len/128⌉, ⌈kv_len/64⌉]
     #[arg(long)]
     write_mask: bool,
-}
-
-/// `--layout`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LayoutArg {
-    /// [batch, heads, tokens, head_dim]
-    Hnd,
-    /// [batch, tokens, heads, head_dim]
-    Nhd,
-}
-
-impl LayoutArg {
-    /// The operator's name for it.
-    pub(crate) fn layout(self) -> Layout {
-        match self {
-            Self::Hnd => Layout::Hnd,
-            Self::Nhd => Layout::Nhd,
-        }
-    }
 }
 
 /// What `--json` prints.
@@ -203,7 +183,7 @@ fn attend<T: Stored + Element>(
         dtype: T::NAME,
         causal: args.visibility.causal,
         backend: if args.reference { "reference" } else { "cpu" },
-        isa: format!("{:?}", context.isa.unwrap_or_else(Isa::detect)).to_lowercase(),
+        isa: format!("{:?}", plan.isa()).to_lowercase(),
         threads: rayon::current_num_threads(),
         qk_sparsity: result.qk_sparsity,
         pv_sparsity: result.pv_sparsity,

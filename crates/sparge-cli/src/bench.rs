@@ -8,9 +8,7 @@ use crate::{Context, memory};
 use clap::ValueEnum;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
-use sparge::{
-    Alignment, AttentionOptions, AttentionShape, Element, Isa, Plan, Stats, TensorView,
-};
+use sparge::{Alignment, AttentionOptions, AttentionShape, Element, Isa, Plan, Stats, TensorView};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
@@ -299,9 +297,7 @@ fn read_peers(path: &Path) -> Result<Vec<Peer>> {
     const MOST: u64 = 16 << 20;
     let cannot = |e| Error::input(format!("cannot read {}: {e}", path.display()));
     let mut text = String::new();
-    File::open(path)
-        .and_then(|file| file.take(MOST).read_to_string(&mut text))
-        .map_err(cannot)?;
+    File::open(path).and_then(|file| file.take(MOST).read_to_string(&mut text)).map_err(cannot)?;
     text.lines()
         .enumerate()
         .filter(|(_, line)| !line.trim().is_empty())

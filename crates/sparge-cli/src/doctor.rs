@@ -1,7 +1,7 @@
 //! `sparge doctor`: what this machine has and what would be chosen on it.
 
 use crate::error::Result;
-use crate::terminal::{self, Table};
+use crate::terminal;
 use crate::{Context, memory};
 use serde::Serialize;
 use sparge::{Isa, Selection, SpargeConfig};
@@ -108,8 +108,16 @@ fn cpu_features() -> Vec<Feature> {
         };
     }
     features![
-        "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16",
-        "avx512fp16", "avxvnni"
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512vnni",
+        "avx512bf16",
+        "avx512fp16",
+        "avxvnni"
     ]
 }
 
@@ -170,9 +178,9 @@ fn render(report: &Report) -> String {
     for file in &report.cache.files {
         line("", format!("{:>9.1} MB  {}", file.bytes as f64 / 1e6, file.name));
     }
-    let mut table = Table::new(["keys", "default configuration"]);
+    line("default", "keys    selection".into());
     for choice in &report.default_config {
-        table.row([choice.tokens.to_string(), choice.selection.clone()]);
+        line("", format!("{:<7} {}", choice.tokens, choice.selection));
     }
-    text + "\n" + &table.render()
+    text
 }

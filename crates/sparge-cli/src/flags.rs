@@ -2,7 +2,9 @@
 
 use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
-use sparge::{Alignment, Isa, PerHead, Pooling, QkPrecision, Selection, SpargeConfig, Window};
+use sparge::{
+    Alignment, Isa, Layout, PerHead, Pooling, QkPrecision, Selection, SpargeConfig, Window,
+};
 
 /// `--isa`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -25,6 +27,25 @@ impl IsaArg {
             Self::Scalar => Some(Isa::Scalar),
             Self::Avx2 => Some(Isa::Avx2),
             Self::Avx512 => Some(Isa::Avx512),
+        }
+    }
+}
+
+/// `--layout`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LayoutArg {
+    /// [batch, heads, tokens, head_dim]
+    Hnd,
+    /// [batch, tokens, heads, head_dim]
+    Nhd,
+}
+
+impl LayoutArg {
+    /// The operator's name for it.
+    pub(crate) fn layout(self) -> Layout {
+        match self {
+            Self::Hnd => Layout::Hnd,
+            Self::Nhd => Layout::Nhd,
         }
     }
 }
@@ -97,17 +118,17 @@ impl VisibilityArgs {
 pub(crate) struct SelectionArgs {
     /// Keep this share of each row's reachable blocks; one value, or one per query head separated
     /// by commas. With --cdf: the union of both. With neither: the default selection
-    #[arg(long, value_name = "F", value_delimiter = ',')]
+    #[arg(long, value_name = "F", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) topk: Vec<f64>,
     /// Keep blocks until their predicted mass reaches this share (the paper's τ)
-    #[arg(long, value_name = "T", value_delimiter = ',')]
+    #[arg(long, value_name = "T", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) cdf: Vec<f64>,
     /// Keep blocks whose mean cosine is not above this (the paper's θ); 0 turns the judge off
-    #[arg(long, value_name = "COS", value_delimiter = ',')]
+    #[arg(long, value_name = "COS", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) theta: Vec<f64>,
     /// Skip P·V where every score is this far below the row's maximum, in nats; inf turns it off
     /// [default: 12]
-    #[arg(long, value_name = "GAP", value_delimiter = ',')]
+    #[arg(long, value_name = "GAP", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) lambda: Vec<f64>,
     /// Granularity of the prediction: block (the paper's), 16x16, 16x16-2nd, or QxK and QxK+var
     /// (rows of q × rows of k per mean; with the second-order term) [default: 16x16]

@@ -4,7 +4,10 @@ use crate::error::{Error, Result};
 use crate::safetensor::{Reader, Stored, Tensor};
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
-use sparge::{BlockMask, Dims, Element, ElementMask, Layout, Lengths, Strides, TensorView};
+use sparge::{
+    BLOCK_KV, BLOCK_Q, BlockMask, Dims, Element, ElementMask, Layout, Lengths, Strides, TensorView,
+};
+use std::ops::Range;
 
 /// q, k and v.
 #[derive(Debug)]
@@ -43,6 +46,61 @@ impl<T: Stored + Element> Qkv<T> {
         }
         shape
     }
+}
+
+/// One head of one sequence of a call, as a call of its own.
+#[derive(Debug)]
+pub(crate) struct Head<'a, T> {
+    pub(crate) q: TensorView<'a, T>,
+    pub(crate) k: TensorView<'a, T>,
+    pub(crate) element_mask: Option<ElementMask<'a>>,
+    pub(crate) block_mask: Option<BlockMask>,
+}
+
+impl<T: Stored + Element> Qkv<T> {
+    /// Head `head` of sequence `sequence`; both must exist and the call must be valid.
+    pub(crate) fn head<'a>(
+        &'a self,
+        extras: &'a Extras,
+        sequence: usize,
+        head: usize,
+    ) -> Result<Head<'a, T>> {
+        let (dq, dk) =
+            (dims("q", &self.q.shape, self.layout)?, dims("k", &self.k.shape, self.layout)?);
+        let (batch, q_range, k_range) = match (&extras.packed, &extras.kv_lens) {
+            (Some([q, k]), _) => (0, q[sequence]..q[sequence + 1], k[sequence]..k[sequence + 1]),
+            (None, Some(lens)) => (sequence, 0..dq.len, 0..lens[sequence]),
+            (None, None) => (sequence, 0..dq.len, 0..dk.len),
+        };
+        let (q_len, kv_len) = (q_range.len(), k_range.len());
+        if q_len == 0 || kv_len == 0 {
+            return Err(Error::input(format!(
+                "sequence {sequence} has {q_len} queries and {kv_len} keys; there is nothing to draw"
+            )));
+        }
+        let kv_head = head / (dq.heads / dk.heads).max(1);
+        let one = |data, dims, head, range| slice(data, dims, self.layout, (batch, head), range);
+        Ok(Head {
+            q: one(&self.q.data, dq, head, q_range)?,
+            k: one(&self.k.data, dk, kv_head, k_range)?,
+            element_mask: extras.head_element_mask(sequence, head, [q_len, kv_len])?,
+            block_mask: extras.head_block_mask(sequence, head, [q_len, kv_len])?,
+        })
+    }
+}
+
+/// The tokens `range` of one head, as a tensor of one batch entry and one head.
+fn slice<T: Copy>(
+    data: &[T],
+    dims: Dims,
+    layout: Layout,
+    (batch, head): (usize, usize),
+    range: Range<usize>,
+) -> Result<TensorView<'_, T>> {
+    let strides = Strides::contiguous(dims, layout);
+    let start = batch * strides.batch + head * strides.head + range.start * strides.token;
+    let one = Dims { batch: 1, heads: 1, len: range.len(), dim: dims.dim };
+    Ok(TensorView::strided(data.get(start..).unwrap_or_default(), one, strides)?)
 }
 
 /// The dtype of q, which k and v must share.
@@ -116,7 +174,8 @@ impl Extras {
                 )));
             }
         };
-        let kv_lens = file.info("kv_lens").is_some().then(|| indices(file, "kv_lens")).transpose()?;
+        let kv_lens =
+            file.info("kv_lens").is_some().then(|| indices(file, "kv_lens")).transpose()?;
         if packed.is_some() && kv_lens.is_some() {
             return Err(Error::input(
                 "there are both cu_seqlens and kv_lens; give cu_seqlens for packed sequences or \
@@ -150,6 +209,41 @@ impl Extras {
         }
     }
 
+    fn head_element_mask(
+        &self,
+        sequence: usize,
+        head: usize,
+        lens: [usize; 2],
+    ) -> Result<Option<ElementMask<'_>>> {
+        let at = (sequence, head);
+        Ok(match &self.element_mask {
+            None => None,
+            Some(MaskData::Bool(data, shape)) => {
+                Some(ElementMask::Bool(mask_slice(data, shape, at, lens)?))
+            }
+            Some(MaskData::Additive(data, shape)) => {
+                Some(ElementMask::Additive(mask_slice(data, shape, at, lens)?))
+            }
+        })
+    }
+
+    fn head_block_mask(
+        &self,
+        sequence: usize,
+        head: usize,
+        [q_len, kv_len]: [usize; 2],
+    ) -> Result<Option<BlockMask>> {
+        let Some(all) = &self.block_mask else { return Ok(None) };
+        let [sequences, heads, _, _] = all.shape();
+        let (q_blocks, kv_blocks) = (q_len.div_ceil(BLOCK_Q), kv_len.div_ceil(BLOCK_KV));
+        let mut one = BlockMask::empty([1, 1, q_blocks, kv_blocks])?;
+        for i in 0..q_blocks {
+            let row = all.row(sequence % sequences, head % heads, i);
+            row.take_while(|&j| j < kv_blocks).for_each(|j| one.set(0, 0, i, j));
+        }
+        Ok(Some(one))
+    }
+
     /// The element mask, where a mask's single query row stands for all `q_len` rows.
     pub(crate) fn element_mask(&self, q_len: usize) -> Result<Option<ElementMask<'_>>> {
         Ok(match &self.element_mask {
@@ -164,11 +258,7 @@ impl Extras {
     }
 }
 
-fn mask_view<'a, T: Copy>(
-    data: &'a [T],
-    shape: &[usize],
-    q_len: usize,
-) -> Result<TensorView<'a, T>> {
+fn mask_dims(shape: &[usize]) -> Result<Dims> {
     let (batch, heads, len, dim) = match *shape {
         [batch, heads, len, dim] => (batch, heads, len, dim),
         [len, dim] => (1, 1, len, dim),
@@ -179,7 +269,34 @@ fn mask_view<'a, T: Copy>(
             )));
         }
     };
-    let dims = Dims { batch, heads, len, dim };
+    Ok(Dims { batch, heads, len, dim })
+}
+
+/// One head's part of a mask that fits the call.
+fn mask_slice<'a, T: Copy>(
+    data: &'a [T],
+    shape: &[usize],
+    (sequence, head): (usize, usize),
+    [q_len, kv_len]: [usize; 2],
+) -> Result<TensorView<'a, T>> {
+    let dims = mask_dims(shape)?;
+    let mut strides = Strides::contiguous(dims, Layout::Hnd);
+    let start =
+        (sequence % dims.batch.max(1)) * strides.batch + (head % dims.heads.max(1)) * strides.head;
+    if dims.len == 1 {
+        strides.token = 0;
+    }
+    let one = Dims { batch: 1, heads: 1, len: q_len, dim: kv_len };
+    Ok(TensorView::strided(data.get(start..).unwrap_or_default(), one, strides)?)
+}
+
+fn mask_view<'a, T: Copy>(
+    data: &'a [T],
+    shape: &[usize],
+    q_len: usize,
+) -> Result<TensorView<'a, T>> {
+    let dims = mask_dims(shape)?;
+    let len = dims.len;
     let mut strides = Strides::contiguous(dims, Layout::Hnd);
     if len != 1 {
         return Ok(TensorView::strided(data, dims, strides)?);
@@ -251,8 +368,9 @@ fn indices(file: &mut Reader, name: &str) -> Result<Vec<usize>> {
     wide.data
         .iter()
         .map(|&x| {
-            usize::try_from(x)
-                .map_err(|_| Error::input(format!("'{name}' holds {x}, expected numbers from 0 up")))
+            usize::try_from(x).map_err(|_| {
+                Error::input(format!("'{name}' holds {x}, expected numbers from 0 up"))
+            })
         })
         .collect()
 }

@@ -10,8 +10,10 @@ mod error;
 mod flags;
 mod generate;
 mod input;
+mod inspect;
 mod memory;
 mod output;
+mod picture;
 mod policy;
 mod safetensor;
 mod terminal;
@@ -58,6 +60,7 @@ struct Global {
 enum Command {
     Attend(attend::Args),
     Bench(bench::Args),
+    Inspect(inspect::Args),
     Doctor(doctor::Args),
 }
 
@@ -88,6 +91,7 @@ fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Command::Attend(args) => attend::run(args, &context),
         Command::Bench(args) => bench::run(args, &context),
+        Command::Inspect(args) => inspect::run(args, &context),
         Command::Doctor(args) => doctor::run(args, &context),
     }
 }

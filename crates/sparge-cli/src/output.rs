@@ -56,16 +56,14 @@ fn write_and_rename(
         _ => Path::new("."),
     };
     // Created with the user's umask, unlike tempfile's default of 0600.
-    let temporary = tempfile::Builder::new().prefix(".sparge-").suffix(".part").make_in(
-        directory,
-        |name| {
+    let temporary =
+        tempfile::Builder::new().prefix(".sparge-").suffix(".part").make_in(directory, |name| {
             let mut names = temporaries();
             let file = File::create_new(name)?;
             names.push(name.to_owned());
             *registered = Some(name.to_owned());
             Ok(file)
-        },
-    )?;
+        })?;
     let mut writer = BufWriter::with_capacity(1 << 20, temporary.as_file());
     write(&mut writer)?;
     writer.flush()?;

@@ -94,7 +94,9 @@ mod tests {
         for name in ["dense", "default", "topk:0.5", "cdf:0.95", "cdf:0.9+topk:0.1"] {
             assert_eq!(name.parse::<Policy>().map(|p| p.to_string()), Ok(name.into()));
         }
-        for bad in ["", "sparse", "topk", "topk:", "topk:0", "topk:1.5", "topk:nan", "cdf:0.5+cdf:0.6"] {
+        for bad in
+            ["", "sparse", "topk", "topk:", "topk:0", "topk:1.5", "topk:nan", "cdf:0.5+cdf:0.6"]
+        {
             assert!(bad.parse::<Policy>().is_err(), "{bad}");
         }
     }

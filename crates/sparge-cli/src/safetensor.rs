@@ -52,7 +52,8 @@ impl Reader {
                 path.display()
             ))
         };
-        let cannot = |e: std::io::Error| Error::input(format!("cannot read {}: {e}", path.display()));
+        let cannot =
+            |e: std::io::Error| Error::input(format!("cannot read {}: {e}", path.display()));
         // Not opened before it is known to be a file: opening a pipe waits for a writer.
         let meta = std::fs::metadata(path).map_err(cannot)?;
         if !meta.is_file() {
@@ -123,10 +124,9 @@ impl Reader {
         let bytes = info.data_offsets.1 - info.data_offsets.0;
         let mut data = vec![T::zeroed(); bytes / size_of::<T>()];
         let target: &mut [u8] = bytemuck::cast_slice_mut(&mut data);
-        self.file
-            .seek(SeekFrom::Start(start))
-            .and_then(|_| self.file.read_exact(target))
-            .map_err(|e| Error::input(format!("cannot read '{name}' of {}: {e}", self.path.display())))?;
+        self.file.seek(SeekFrom::Start(start)).and_then(|_| self.file.read_exact(target)).map_err(
+            |e| Error::input(format!("cannot read '{name}' of {}: {e}", self.path.display())),
+        )?;
         Ok(Tensor { data, shape })
     }
 
@@ -144,7 +144,9 @@ impl Reader {
         self.file
             .seek(SeekFrom::Start(self.data_start + offsets.0 as u64))
             .and_then(|_| self.file.read_exact(&mut data))
-            .map_err(|e| Error::input(format!("cannot read '{name}' of {}: {e}", self.path.display())))?;
+            .map_err(|e| {
+                Error::input(format!("cannot read '{name}' of {}: {e}", self.path.display()))
+            })?;
         Ok(Tensor { data, shape })
     }
 }
@@ -175,7 +177,8 @@ pub(crate) fn write(path: &Path, mut entries: Vec<Entry<'_>>) -> Result<()> {
         .map(|e| {
             let start = end;
             end += e.bytes.len();
-            let info = TensorInfo { dtype: e.dtype, shape: e.shape.clone(), data_offsets: (start, end) };
+            let info =
+                TensorInfo { dtype: e.dtype, shape: e.shape.clone(), data_offsets: (start, end) };
             (e.name.to_owned(), info)
         })
         .collect();

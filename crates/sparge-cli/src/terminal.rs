@@ -39,12 +39,18 @@ pub(crate) fn usage(error: &clap::Error) -> u8 {
         let _ = error.print();
         return 0;
     }
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print();
+        return 2;
+    }
     let rendered = error.render().to_string();
     let (message, usage) = rendered.split_once("Usage:").unwrap_or((rendered.as_str(), ""));
     // "Usage: sparge attend --output <OUT> <IN>": the words before the first argument.
     let command: Vec<&str> = usage
         .split_whitespace()
-        .take_while(|word| word.chars().all(|c| c.is_ascii_lowercase() || c == '-') && !word.starts_with('-'))
+        .take_while(|word| {
+            word.chars().all(|c| c.is_ascii_lowercase() || c == '-') && !word.starts_with('-')
+        })
         .collect();
     let command = if command.is_empty() { "sparge".into() } else { command.join(" ") };
     let message = message.replace("For more information, try '--help'.", "");
