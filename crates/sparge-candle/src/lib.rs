@@ -8,6 +8,7 @@ pub mod attention;
 mod error;
 mod gemm;
 pub mod gguf;
+pub mod hub;
 mod linear;
 mod mapped;
 pub mod models;
