@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::terminal;
-use crate::{Context, memory};
+use crate::{Context, language, memory};
 use serde::Serialize;
 use sparge::{Isa, Selection, SpargeConfig};
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ struct Feature {
 
 #[derive(Debug, Serialize)]
 struct Cache {
-    directory: Option<PathBuf>,
+    directory: PathBuf,
     files: Vec<CachedFile>,
 }
 
@@ -77,7 +77,7 @@ pub(crate) fn run(_: &Args, context: &Context) -> Result<()> {
         cores: std::thread::available_parallelism().map_or(1, Into::into),
         threads: rayon::current_num_threads(),
         memory_available_bytes: memory::available(),
-        cache: cache(context.cache_dir.as_deref()),
+        cache: cache(language::hub(context)?.cache_dir()),
         default_config: [512, 4096, 32768].map(choice).into(),
     };
     if context.json { terminal::print_json(&report) } else { terminal::print(&render(&report)) }
@@ -127,13 +127,11 @@ fn cpu_features() -> Vec<Feature> {
 }
 
 /// The cache's files, at most a few levels deep.
-fn cache(directory: Option<&Path>) -> Cache {
+fn cache(directory: &Path) -> Cache {
     let mut files = Vec::new();
-    if let Some(directory) = directory {
-        list(directory, directory, 3, &mut files);
-    }
+    list(directory, directory, 3, &mut files);
     files.sort_by(|a, b| a.name.cmp(&b.name));
-    Cache { directory: directory.map(Path::to_owned), files }
+    Cache { directory: directory.to_owned(), files }
 }
 
 fn list(root: &Path, directory: &Path, depth: usize, files: &mut Vec<CachedFile>) {
@@ -168,10 +166,7 @@ fn render(report: &Report) -> String {
     );
     line("threads", format!("{} of {} cores", report.threads, report.cores));
     line("memory", report.memory_available_bytes.map_or("unknown".into(), gib) + " available");
-    line(
-        "cache",
-        report.cache.directory.as_ref().map_or("none".into(), |d| d.display().to_string()),
-    );
+    line("cache", report.cache.directory.display().to_string());
     if report.cache.files.is_empty() {
         line("", "empty".into());
     }

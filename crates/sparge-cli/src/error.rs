@@ -1,5 +1,7 @@
 //! Errors as the user sees them: one line, and which exit code it means.
 
+use sparge_candle::Error as Model;
+
 /// Why the command stops.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -12,6 +14,9 @@ pub(crate) enum Error {
     /// The operator refused the call, which only its inputs can make it do: exit code 2.
     #[error(transparent)]
     Operator(#[from] sparge::Error),
+    /// The language model's side refused or failed.
+    #[error(transparent)]
+    Model(#[from] sparge_candle::Error),
     /// Nobody reads stdout any more (`sparge … | head`): no message, exit code 0.
     #[error("stdout is closed")]
     StdoutClosed,
@@ -35,6 +40,14 @@ impl Error {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Input(_) | Self::Operator(_) => 2,
+            Self::Model(e) => match e {
+                Model::Gguf(_)
+                | Model::Unsupported { .. }
+                | Model::Argument(_)
+                | Model::CacheFull { .. }
+                | Model::Tokenizer(_) => 2,
+                _ => 1,
+            },
             Self::Failed(_) => 1,
             Self::StdoutClosed => 0,
         }

@@ -143,6 +143,15 @@ pub(crate) struct SelectionArgs {
 }
 
 impl SelectionArgs {
+    /// Whether no flag was given.
+    pub(crate) fn is_empty(&self) -> bool {
+        let Self { topk, cdf, theta, lambda, pooling, keep_first, qk } = self;
+        [topk, cdf, theta, lambda].into_iter().all(Vec::is_empty)
+            && pooling.is_none()
+            && keep_first.is_none()
+            && qk.is_none()
+    }
+
     /// The configuration these flags ask for.
     pub(crate) fn config(&self, isa: Option<Isa>) -> Result<SpargeConfig> {
         let mut config = SpargeConfig { isa, ..SpargeConfig::default() };

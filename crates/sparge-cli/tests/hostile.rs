@@ -64,6 +64,7 @@ fn raw_bytes(header: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header].concat()
 }
 
+#[expect(clippy::type_complexity, reason = "tensors, flags, and what the error says")]
 #[test]
 fn wrong_tensors() {
     let good = || qkv([2, 1], [70, 70], 8);
@@ -74,7 +75,7 @@ fn wrong_tensors() {
         tensors
     };
     let zeros = |n: usize| vec![0.0; n];
-    let cases: Vec<(Vec<(&str, Tensor)>, &[&str], &str)> = vec![
+    let cases: Vec<(Vec<(&'static str, Tensor)>, &[&str], &str)> = vec![
         (good()[..2].to_vec(), &[], "no tensor 'v'"),
         (vec![], &[], "no tensor 'q'"),
         (with("k", f16s(&[1, 1, 70, 8], &zeros(560))), &[], "must have one type"),

@@ -105,7 +105,7 @@ fn inspect_draws() {
     masked.push(("block_mask", u8s("U8", &[1, 4, 3, 7], &blocks)));
     let mut padded = qkv([4, 2], [300, 400], 16);
     padded.push(("kv_lens", i32s(&[333])));
-    let cases: Vec<(Vec<(&str, Tensor)>, &[&str])> = vec![
+    let cases: Vec<Case<'_>> = vec![
         (qkv([4, 2], [500, 500], 16), &["--causal", "--topk", "0.4", "--head", "3"]),
         (qkv([4, 2], [500, 700], 16), &["--window", "100", "--cdf", "0.5"]),
         (qkv([4, 2], [1, 1], 4), &[]),

@@ -3,8 +3,8 @@
 use crate::error::Result;
 use crate::picture::{Axis, Figure, Panel, Scale};
 use sparge::{
-    AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, BlockMask, Element, Plan, Selection,
-    SpargeConfig, TensorView,
+    AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, BlockMask, Element, PerHead, Plan,
+    Selection, SpargeConfig, TensorView,
 };
 use std::path::Path;
 
@@ -158,5 +158,16 @@ pub(super) fn describe(config: &SpargeConfig) -> String {
         [Selection::TopK(top_k)] => format!("top-k {top_k}"),
         [Selection::Union { cdf, top_k }] => format!("cdf {cdf} or top-k {top_k}"),
         _ => "selection per head".into(),
+    }
+}
+
+/// The configuration of a call of which only `head` is left.
+pub(super) fn of_head(config: &SpargeConfig, head: usize) -> SpargeConfig {
+    let one = |x: &PerHead<f64>| PerHead::All(*x.get(head));
+    SpargeConfig {
+        selection: PerHead::All(*config.selection.get(head)),
+        theta: one(&config.theta),
+        lambda: one(&config.lambda),
+        ..config.clone()
     }
 }

@@ -1,25 +1,46 @@
 //! `sparge inspect`: pictures of what is computed and what is skipped.
 
 mod head;
+mod model;
 mod tensors;
 
 use crate::Context;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::flags::{LayoutArg, SelectionArgs, VisibilityArgs};
+use crate::language::{ModelArgs, TextArgs};
 use std::path::PathBuf;
 
 /// Draw what is computed and what is skipped as a PNG.
 ///
 /// With IN.safetensors (as for `sparge attend`): the block mask of one head, the
-/// pooled map it was selected from, and the true block masses.
+/// pooled map it was selected from, and the true block masses. With --model: the skipped share of
+/// every layer and head while the model reads a text, or with --layer the maps of one head.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Tensors q, k and v
-    #[arg(value_name = "IN.safetensors")]
+    #[arg(
+        value_name = "IN.safetensors",
+        required_unless_present = "model",
+        conflicts_with = "model"
+    )]
     input: Option<PathBuf>,
     /// The picture
     #[arg(short, long, value_name = "OUT.png")]
     output: PathBuf,
+    /// Instead of tensors: smollm2-135m, another model's name, Hugging Face id, or .gguf file
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// Which .gguf file of a Hugging Face id
+    #[arg(long, value_name = "FILE", requires = "model")]
+    model_file: Option<String>,
+    /// With --model: tokens to read
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    context: usize,
+    /// With --model: draw the maps of --head in this layer
+    #[arg(long, value_name = "L", requires = "model")]
+    layer: Option<usize>,
+    #[command(flatten)]
+    text: TextArgs,
     /// Query head to draw
     #[arg(long, value_name = "H", default_value_t = 0)]
     head: usize,
@@ -43,6 +64,15 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     crate::output::check_writable(&args.output)?;
     match &args.input {
         Some(input) => tensors::run(args, input, context),
-        None => Err(Error::input("nothing to draw; give a safetensors file with q, k and v")),
+        None => model::run(args, context),
+    }
+}
+
+impl Args {
+    fn model(&self) -> ModelArgs {
+        ModelArgs {
+            model: self.model.clone().unwrap_or_default(),
+            model_file: self.model_file.clone(),
+        }
     }
 }

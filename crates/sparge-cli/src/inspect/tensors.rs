@@ -9,9 +9,7 @@ use crate::{Context, memory};
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
 use serde::Serialize;
-use sparge::{
-    AttentionOptions, AttentionShape, BLOCK_KV, Element, Lengths, PerHead, Plan, SpargeConfig,
-};
+use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, Element, Lengths, Plan};
 use std::path::Path;
 
 #[derive(Debug, Serialize)]
@@ -91,7 +89,7 @@ fn draw<T: Stored + Element>(args: &Args, file: &mut Reader, context: &Context) 
         lengths: Lengths::Full,
         ..options
     };
-    let config = of_head(&config, args.head);
+    let config = head::of_head(&config, args.head);
     let causal = if args.visibility.causal { ", causal" } else { "" };
     let name = format!(
         "Head {} of {}, sequence {}{causal}, {}",
@@ -110,15 +108,4 @@ fn draw<T: Stored + Element>(args: &Args, file: &mut Reader, context: &Context) 
         mass_kept: drawn.mass_kept,
         output: args.output.display().to_string(),
     })
-}
-
-/// The configuration of a call of which only `head` is left.
-fn of_head(config: &SpargeConfig, head: usize) -> SpargeConfig {
-    let one = |x: &PerHead<f64>| PerHead::All(*x.get(head));
-    SpargeConfig {
-        selection: PerHead::All(*config.selection.get(head)),
-        theta: one(&config.theta),
-        lambda: one(&config.lambda),
-        ..config.clone()
-    }
 }

@@ -126,6 +126,9 @@ pub(crate) fn qkv(
     ]
 }
 
+/// Tensors of a file, and flags to run on them.
+pub(crate) type Case<'a> = (Vec<(&'static str, Tensor)>, &'a [&'a str]);
+
 /// The bytes of a safetensors file.
 pub(crate) fn bytes(tensors: &[(&str, Tensor)]) -> Vec<u8> {
     let mut header = serde_json::Map::new();
