@@ -209,6 +209,39 @@ fn sum_exp_body<const FMA: bool>(x: &[f32]) -> (f32, f32) {
 mod tests {
     use super::*;
 
+    /// `cargo test --release -p sparge-candle --lib simd -- --ignored --nocapture`
+    #[test]
+    #[ignore = "a measurement"]
+    fn measure() {
+        use Format::*;
+        // The shortest of many short runs, so that other programs do not matter.
+        let best = |f: &mut dyn FnMut()| {
+            let times = (0..300).map(|_| {
+                let start = std::time::Instant::now();
+                (0..200).for_each(|_| f());
+                start.elapsed().as_secs_f64() / 200.0
+            });
+            times.fold(f64::MAX, f64::min)
+        };
+        let cols = 768;
+        let x = vec![0.5; cols];
+        for format in [F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K] {
+            let src = vec![1u8; format.row_bytes(cols).unwrap()];
+            let mut row = vec![0.0; cols];
+            let alone = best(&mut || dequantise(format, std::hint::black_box(&src), &mut row));
+            let both = best(&mut || {
+                dequantise(format, std::hint::black_box(&src), &mut row);
+                std::hint::black_box(dot(&row, &x));
+            });
+            let rate = |t: f64| cols as f64 * 1e-9 / t;
+            println!(
+                "{format:?}: {:.1} G/s dequantised, {:.1} G/s with the dot product",
+                rate(alone),
+                rate(both)
+            );
+        }
+    }
+
     #[test]
     fn exp_matches_the_library() {
         for i in -8700..8800 {
