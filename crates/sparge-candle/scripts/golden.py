@@ -74,13 +74,16 @@ def forward(path, tokens):
     return norm(x, get("output_norm.weight"), eps) @ head.T
 
 
-def golden(name, path, emma, count):
+def golden(name, path, emma, count, perplexity):
     tokenizer = Llama(path, vocab_only=True, verbose=False)
     tokenize = lambda text: tokenizer.tokenize(text.encode(), add_bos=False, special=True)
-    tokens = tokenize(emma[:4000])[:count]
-    logits = forward(path, tokens)
+    long = tokenize(emma[:8000])[:perplexity]
+    tokens = long[:count]
+    logits = forward(path, long)
     shifted = logits - logits.max(-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    mean = -log_p[np.arange(len(long) - 1), long[1:]].mean()
+    logits = logits[:count]
     ids = list(range(0, logits.shape[1], logits.shape[1] // 40))
     return {
         "model": name,
@@ -89,6 +92,7 @@ def golden(name, path, emma, count):
         "argmax": [int(i) for i in logits.argmax(-1)],
         "ids": ids,
         "last_logits": [round(float(x), 4) for x in logits[-1, ids]],
+        "perplexity": [len(long), round(float(np.exp(mean)), 3)],
         "tricky": TRICKY,
         "tricky_tokens": tokenize(TRICKY),
     }
@@ -96,5 +100,5 @@ def golden(name, path, emma, count):
 
 smollm2, qwen2, emma = sys.argv[1:]
 text = open(emma, encoding="utf-8").read()
-json.dump([golden("smollm2-135m", smollm2, text, 64), golden("qwen2.5-coder-0.5b", qwen2, text, 24)], sys.stdout)
+json.dump([golden("smollm2-135m", smollm2, text, 64, 1024), golden("qwen2.5-coder-0.5b", qwen2, text, 24, 24)], sys.stdout)
 print()

@@ -23,4 +23,5 @@ pub use error::{Error, Result};
 pub use quant::Format;
 pub use sparge_attention::SpargeAttention;
 pub use sample::{Generated, Sampler, generate};
+pub use sample::{GenerateOptions, Generated, Sampler, generate};
 pub use tokenizer::{Message, Tokenizer};

@@ -1,5 +1,7 @@
 //! A tiny random model against a naive f64 implementation, and against itself in other orders.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, outside test functions")]
+
 mod common;
 
 use std::ops::ControlFlow;
@@ -7,7 +9,7 @@ use std::ops::ControlFlow;
 use common::*;
 use sparge_candle::attention::{Attention, AttentionCall, DenseReference};
 use sparge_candle::models::{KvCache, Model, PrefillOptions};
-use sparge_candle::{Error, Message, Sampler, Tokenizer, generate};
+use sparge_candle::{Error, GenerateOptions, Message, Sampler, Tokenizer, generate};
 
 fn linear(w: &[f32], x: &[f64], bias: Option<&[f32]>) -> Vec<f64> {
     w.chunks(x.len())
@@ -213,24 +215,18 @@ fn sampling_is_reproducible_and_stays_in_the_nucleus() {
 fn generation_ends_at_the_end_token_and_at_the_cache() {
     let (_dir, path) = Tiny::new("qwen2", 3).write();
     let model = Model::open(&path).unwrap();
-    let mut run = |capacity, end: Option<u32>| {
+    let run = |capacity, end: Option<u32>| {
         let mut cache = KvCache::new(model.config(), capacity).unwrap();
         let read = model
             .prefill(&tokens(5), &mut cache, &mut DenseReference, PrefillOptions::default())
             .unwrap();
-        let (sampler, more) = (&mut Sampler::greedy(), |_: u32| ControlFlow::Continue(()));
-        generate(
-            &model,
-            read.logits,
-            &mut cache,
-            &mut DenseReference,
-            sampler,
-            20,
-            |t| Some(t) == end,
-            more,
-        )
-        .unwrap()
-        .tokens
+        let options = GenerateOptions {
+            sampler: &mut Sampler::greedy(),
+            max_new_tokens: 20,
+            is_end: &|t| Some(t) == end,
+            on_token: &mut |_| ControlFlow::Continue(()),
+        };
+        generate(&model, read.logits, &mut cache, &mut DenseReference, options).unwrap().tokens
     };
     let free = run(64, None);
     assert_eq!(free.len(), 20);
