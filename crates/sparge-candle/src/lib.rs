@@ -22,6 +22,5 @@ mod tokenizer;
 pub use error::{Error, Result};
 pub use quant::Format;
 pub use sparge_attention::SpargeAttention;
-pub use sample::{Generated, Sampler, generate};
 pub use sample::{GenerateOptions, Generated, Sampler, generate};
 pub use tokenizer::{Message, Tokenizer};

@@ -87,6 +87,11 @@ pub(crate) struct VisibilityArgs {
 }
 
 impl VisibilityArgs {
+    /// Whether any flag was given.
+    pub(crate) fn is_set(&self) -> bool {
+        self.causal || self.window.is_some() || self.sink_blocks > 0
+    }
+
     /// The alignment, where causal. `lengths` are (queries, keys) of every sequence.
     pub(crate) fn alignment(
         &self,

@@ -8,7 +8,7 @@ use crate::terminal::{self, Table, percent, seconds};
 use clap::ValueEnum;
 use serde::Serialize;
 use sparge::SpargeConfig;
-use sparge_candle::{Sampler, generate};
+use sparge_candle::{GenerateOptions, Sampler, generate};
 use std::ops::ControlFlow;
 
 /// Read a long prompt through sparse attention, and go on writing.
@@ -35,13 +35,13 @@ pub(crate) struct Args {
     #[arg(long)]
     no_compare: bool,
     /// Randomness of the text; 0 takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
     /// With a temperature: draw from the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, requires = "temperature")]
     top_p: f32,
     /// With a temperature: the seed
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "temperature")]
     seed: u64,
     #[command(flatten)]
     selection: SelectionArgs,
@@ -92,9 +92,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         }
     };
     let mut sampler = Sampler::new(args.temperature, args.top_p, args.seed)?;
+    let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
     language.check_config(sparse.as_ref().unwrap_or(&dense))?;
-    let text = args.text.load(context)?;
     let tokens = language.tokens(&text.text, args.context)?;
     language.check_context(tokens.len() + args.max_new_tokens)?;
 
@@ -164,7 +164,7 @@ fn write(
 ) -> Result<()> {
     let mut stream = language.tokenizer.stream();
     let mut outcome = Ok(());
-    let on_token = |token| {
+    let mut on_token = |token| {
         let piece = stream(token).map_err(Error::from).map(Option::unwrap_or_default);
         outcome =
             piece.and_then(|piece| if context.json { Ok(()) } else { terminal::print(&piece) });
@@ -175,10 +175,12 @@ fn write(
         std::mem::take(&mut reading.prefill.logits),
         &mut reading.cache,
         &mut reading.attention,
-        sampler,
-        max_new_tokens,
-        |token| language.tokenizer.is_end(token),
-        on_token,
+        GenerateOptions {
+            sampler,
+            max_new_tokens,
+            is_end: &|token| language.tokenizer.is_end(token),
+            on_token: &mut on_token,
+        },
     )?;
     outcome?;
     report.text = language.tokenizer.decode(&new.tokens)?;

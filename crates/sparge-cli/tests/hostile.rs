@@ -189,6 +189,12 @@ fn bad_usage() {
         (&["bench", "--policy", "topk:2"], "expected dense, default"),
         (&["bench", "--peer-json", "/nowhere", "--shape", "1x9x9"], "cannot read"),
         (&["inspect", "-o", &output], "nothing to draw"),
+        (&["inspect", "-o", &output, "--model", "x", "--causal"], "drop --causal"),
+        (&["inspect", "-o", &output, "--model", "x", "--head", "1"], "needs --layer"),
+        (&["inspect", "-o", &output, "--model", "x", "--sequence", "1"], "cannot be used with"),
+        (&["inspect", &input, "-o", &output, "--prompt-file", "x"], "drop it"),
+        (&["inspect", &input, "-o", &output, "--context", "9"], "--model"),
+        (&["run", "--top-p", "0.5"], "--temperature"),
         (&["inspect", &input, "-o", &output, "--head", "2"], "expected 0 to 1"),
         (&["inspect", &input, "-o", &output, "--sequence", "1"], "expected 0 to 0"),
     ];

@@ -7,7 +7,7 @@ use crate::policy::Policy;
 use crate::terminal::{self, Table, percent};
 use serde::Serialize;
 use sparge::HeadStats;
-use sparge_candle::{Message, Sampler, generate};
+use sparge_candle::{GenerateOptions, Message, Sampler, generate};
 use std::ops::ControlFlow;
 use std::str::FromStr;
 
@@ -140,6 +140,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             return Err(Error::input(format!("--depth is {depth}, expected 0 to 1")));
         }
     }
+    let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
     if !language.tokenizer.has_chat_template() {
         return Err(Error::input(format!(
@@ -152,7 +153,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     }
     let longest = args.context.iter().copied().max().unwrap_or(0);
     language.check_context(longest.saturating_add(ANSWER))?;
-    let text = args.text.load(context)?;
     let tokens = language.tokens(&text.text, longest)?;
 
     let per_policy = args.context.iter().sum::<usize>() * args.depth.len() * args.trials as usize;
@@ -219,10 +219,12 @@ fn ask(
         std::mem::take(&mut reading.prefill.logits),
         &mut reading.cache,
         &mut reading.attention,
-        &mut Sampler::greedy(),
-        ANSWER,
-        |token| language.tokenizer.is_end(token),
-        |_| ControlFlow::Continue(()),
+        GenerateOptions {
+            sampler: &mut Sampler::greedy(),
+            max_new_tokens: ANSWER,
+            is_end: &|token| language.tokenizer.is_end(token),
+            on_token: &mut |_| ControlFlow::Continue(()),
+        },
     )?;
     Ok((language.tokenizer.decode(&new.tokens)?, reading.attention.total()))
 }

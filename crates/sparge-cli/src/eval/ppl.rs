@@ -58,6 +58,7 @@ struct Row {
 
 /// Runs the subcommand.
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
     for policy in &args.policies {
         language.check_config(&policy.config(context.isa))?;
@@ -68,7 +69,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             return Err(Error::input(format!("a context of {length} tokens; expected at least 2")));
         }
     }
-    let text = args.text.load(context)?;
     let windows = args.windows as usize;
     let most = args.context.iter().copied().max().unwrap_or(0).saturating_mul(windows);
     let tokens = language.tokens(&text.text, most)?;

@@ -5,7 +5,7 @@ mod model;
 mod tensors;
 
 use crate::Context;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::flags::{LayoutArg, SelectionArgs, VisibilityArgs};
 use crate::language::{ModelArgs, TextArgs};
 use std::path::PathBuf;
@@ -18,11 +18,7 @@ use std::path::PathBuf;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Tensors q, k and v
-    #[arg(
-        value_name = "IN.safetensors",
-        required_unless_present = "model",
-        conflicts_with = "model"
-    )]
+    #[arg(value_name = "IN.safetensors", conflicts_with = "model")]
     input: Option<PathBuf>,
     /// The picture
     #[arg(short, long, value_name = "OUT.png")]
@@ -34,24 +30,24 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", requires = "model")]
     model_file: Option<String>,
     /// With --model: tokens to read
-    #[arg(long, value_name = "N", default_value_t = 4096)]
+    #[arg(long, value_name = "N", default_value_t = 4096, requires = "model")]
     context: usize,
     /// With --model: draw the maps of --head in this layer
     #[arg(long, value_name = "L", requires = "model")]
     layer: Option<usize>,
     #[command(flatten)]
     text: TextArgs,
-    /// Query head to draw
-    #[arg(long, value_name = "H", default_value_t = 0)]
-    head: usize,
+    /// Query head to draw [default: 0]
+    #[arg(long, value_name = "H")]
+    head: Option<usize>,
     /// Sequence (batch entry) to draw
-    #[arg(long, value_name = "B", default_value_t = 0)]
+    #[arg(long, value_name = "B", default_value_t = 0, conflicts_with = "model")]
     sequence: usize,
     /// Order of heads and tokens in q, k and v
-    #[arg(long, value_enum, default_value_t = LayoutArg::Hnd)]
+    #[arg(long, value_enum, default_value_t = LayoutArg::Hnd, conflicts_with = "model")]
     layout: LayoutArg,
     /// Factor on q·k [default: 1/√head_dim]
-    #[arg(long, value_name = "S", allow_negative_numbers = true)]
+    #[arg(long, value_name = "S", allow_negative_numbers = true, conflicts_with = "model")]
     scale: Option<f64>,
     #[command(flatten)]
     visibility: VisibilityArgs,
@@ -62,9 +58,21 @@ pub(crate) struct Args {
 /// Runs the subcommand.
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     crate::output::check_writable(&args.output)?;
-    match &args.input {
-        Some(input) => tensors::run(args, input, context),
-        None => model::run(args, context),
+    match (&args.input, &args.model) {
+        (None, None) => Err(Error::input(
+            "nothing to draw; give a safetensors file with q, k and v, or --model",
+        )),
+        (Some(_), _) if args.text.prompt_file.is_some() => {
+            Err(Error::input("--prompt-file has no use for tensors; drop it, or use --model"))
+        }
+        (Some(input), _) => tensors::run(args, input, context),
+        (None, Some(_)) if args.visibility.is_set() => Err(Error::input(
+            "the model decides which tokens see which; drop --causal, --window and --sink-blocks",
+        )),
+        (None, Some(_)) if args.head.is_some() && args.layer.is_none() => {
+            Err(Error::input("--head needs --layer; without both, all heads are drawn"))
+        }
+        (None, Some(_)) => model::run(args, context),
     }
 }
 

@@ -25,7 +25,9 @@ struct Report {
 }
 
 pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
+    let number = args.head.unwrap_or(0);
     let config = args.selection.config(context.isa)?;
+    let text = args.text.load(context)?;
     let language = Language::open(&args.model(), context)?;
     language.check_config(&config)?;
     language.check_context(args.context)?;
@@ -33,7 +35,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let (layers, heads, dim) = (shape.num_layers, shape.num_qo_heads, shape.head_dim);
     let group = heads / shape.num_kv_heads.max(1);
     for (flag, got, count) in
-        [("--layer", args.layer.unwrap_or(0), layers), ("--head", args.head, heads)]
+        [("--layer", args.layer.unwrap_or(0), layers), ("--head", number, heads)]
     {
         if got >= count {
             return Err(Error::input(format!(
@@ -42,13 +44,12 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             )));
         }
     }
-    let text = args.text.load(context)?;
     let tokens = language.tokens(&text.text, args.context)?;
     let bar = TokenBar::new(tokens.len());
     bar.say("reading");
     let mut attention = Listener {
         inner: SpargeAttention::new(config.clone()),
-        at: args.layer.map(|layer| (layer, args.head, args.head / group.max(1))),
+        at: args.layer.map(|layer| (layer, number, number / group.max(1))),
         q: Vec::new(),
         k: Vec::new(),
     };
@@ -66,7 +67,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
         model: language.name.clone(),
         context: tokens.len(),
         layer: args.layer,
-        head: args.layer.map(|_| args.head),
+        head: args.layer.map(|_| number),
         qk_sparsity: total.qk_sparsity(),
         mass_kept: None,
         heads: by_head,
@@ -80,11 +81,11 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             let k = TensorView::hnd(&attention.k, shape)?;
             let options =
                 AttentionOptions { causal: Some(Alignment::TopLeft), ..Default::default() };
-            let one = head::of_head(&config, args.head);
+            let one = head::of_head(&config, number);
             let name = format!(
-                "{}, layer {layer}, head {}, {} of {}",
+                "{}, layer {layer}, head {}, {}, reading {}",
                 language.name,
-                args.head,
+                number,
                 head::describe(&one),
                 text.name
             );
@@ -102,11 +103,13 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
 
 fn draw_model(report: &Report, text: &str, config: &SpargeConfig, args: &Args) -> Result<()> {
     let heads = report.heads.first().map_or(0, Vec::len);
-    let values = report.heads.iter().flatten().map(|&x| x as f32).collect();
+    // Layers from left to right, as the data flows.
+    let cells = (0..heads).flat_map(|h| report.heads.iter().map(move |layer| layer.get(h)));
+    let values = cells.map(|x| x.map_or(f32::NAN, |&x| x as f32)).collect();
     let panel = Panel {
         title: "Share of Q·Kᵀ skipped".into(),
-        rows: Axis { label: "layer", step: 1, end: report.heads.len() },
-        columns: Axis { label: "head", step: 1, end: heads },
+        rows: Axis { label: "head", step: 1, end: heads },
+        columns: Axis { label: "layer", step: 1, end: report.heads.len() },
         values,
         scale: Scale::Linear { label: "share of the visible blocks that was skipped" },
         aspect: 1,

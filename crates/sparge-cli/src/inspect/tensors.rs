@@ -47,6 +47,7 @@ pub(super) fn run(args: &Args, input: &Path, context: &Context) -> Result<()> {
 }
 
 fn draw<T: Stored + Element>(args: &Args, file: &mut Reader, context: &Context) -> Result<Report> {
+    let number = args.head.unwrap_or(0);
     let qkv = Qkv::<T>::read(file, args.layout.layout())?;
     let extras = Extras::read(file)?;
     let [q, k, v] = qkv.views()?;
@@ -70,7 +71,7 @@ fn draw<T: Stored + Element>(args: &Args, file: &mut Reader, context: &Context) 
     };
     let sequences = Plan::new(shape, &whole, &config)?.mask_shape()[0];
     for (flag, got, count) in
-        [("--sequence", args.sequence, sequences), ("--head", args.head, shape.num_qo_heads)]
+        [("--sequence", args.sequence, sequences), ("--head", number, shape.num_qo_heads)]
     {
         if got >= count {
             return Err(Error::input(format!(
@@ -79,7 +80,7 @@ fn draw<T: Stored + Element>(args: &Args, file: &mut Reader, context: &Context) 
             )));
         }
     }
-    let one = qkv.head(&extras, args.sequence, args.head)?;
+    let one = qkv.head(&extras, args.sequence, number)?;
     let (q_len, kv_len) = (one.q.dims().len, one.k.dims().len);
     let blocks = kv_len.div_ceil(BLOCK_KV) as u128;
     memory::check(blocks.min(256) * (q_len + kv_len) as u128 * 4, "the picture")?;
@@ -89,11 +90,11 @@ fn draw<T: Stored + Element>(args: &Args, file: &mut Reader, context: &Context) 
         lengths: Lengths::Full,
         ..options
     };
-    let config = head::of_head(&config, args.head);
+    let config = head::of_head(&config, number);
     let causal = if args.visibility.causal { ", causal" } else { "" };
     let name = format!(
         "Head {} of {}, sequence {}{causal}, {}",
-        args.head,
+        number,
         shape.num_qo_heads,
         args.sequence,
         head::describe(&config)
@@ -101,7 +102,7 @@ fn draw<T: Stored + Element>(args: &Args, file: &mut Reader, context: &Context) 
     let drawn = head::draw(&one.q, &one.k, &options, &config, &name, &args.output)?;
     Ok(Report {
         sequence: args.sequence,
-        head: args.head,
+        head: number,
         qo_len: q_len,
         kv_len,
         qk_sparsity: drawn.qk_sparsity,

@@ -6,6 +6,8 @@ use std::path::Path;
 
 /// Pixels that a panel's longer side should have.
 const PANEL: usize = 420;
+/// The same where cells are countable things, of which there are few.
+const WIDE_PANEL: usize = 720;
 /// Cells of a panel side before they are merged.
 const MOST: usize = 900;
 /// What a cell without a value looks like.
@@ -87,7 +89,8 @@ impl Panel {
                 height: rows.div_ceil(r),
             };
         }
-        let w = (PANEL / longer).clamp(1, 48);
+        let target = if self.columns.step == 1 { WIDE_PANEL } else { PANEL };
+        let w = (target / longer).clamp(1, 48);
         let h = w * self.aspect;
         Grid { rows, columns, zoom: Zoom::In { w, h }, width: columns * w, height: rows * h }
     }
@@ -183,7 +186,8 @@ fn draw(canvas: &mut Canvas, panel: &Panel, grid: &Grid, (x0, y0): (usize, usize
     canvas.text(&panel.title, (x0, y0 - 12), (14.0, true), Anchor::Left);
 
     let centred = panel.columns.step == 1;
-    for tick in ticks(panel.columns.end, grid.width / 64, centred) {
+    let room = if centred { 28 } else { 64 };
+    for tick in ticks(panel.columns.end, grid.width / room, centred) {
         let x = x0 + position(tick, &panel.columns, grid.width, grid.columns, centred);
         canvas.fill(x, y0 + grid.height + 1, 1, 4, FRAME);
         let at = (x, y0 + grid.height + 18);
