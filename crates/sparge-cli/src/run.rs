@@ -34,9 +34,9 @@ pub(crate) struct Args {
     /// Do not read the prompt a second time for the comparison with dense attention
     #[arg(long)]
     no_compare: bool,
-    /// Randomness of the text; 0 takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
-    temperature: f32,
+    /// Randomness of the text; 0, the default, takes the likeliest token
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
     /// With a temperature: draw from the likeliest tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 0.95, requires = "temperature")]
     top_p: f32,
@@ -91,7 +91,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             ));
         }
     };
-    let mut sampler = Sampler::new(args.temperature, args.top_p, args.seed)?;
+    let mut sampler = Sampler::new(args.temperature.unwrap_or(0.0), args.top_p, args.seed)?;
     let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
     language.check_config(sparse.as_ref().unwrap_or(&dense))?;

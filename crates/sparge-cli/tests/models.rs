@@ -169,8 +169,9 @@ fn inspect() {
     // The picture's head is the one that the model computed.
     let (all, one) = (&json["heads"][3][5], &ran.json()["qk_sparsity"]);
     assert!(matches!((all.as_f64(), one.as_f64()), (Some(a), Some(b)) if (a - b).abs() < 1e-12));
-    for (flag, value, part) in [("--layer", "30", "0 to 29"), ("--head", "9", "0 to 8")] {
-        let Some(ran) = with_model(&[&args[..], &[flag, value]].concat()) else { return };
+    for (layer, head, part) in [("30", "0", "0 to 29"), ("0", "9", "0 to 8")] {
+        let at = ["--layer", layer, "--head", head];
+        let Some(ran) = with_model(&[&args[..], &at].concat()) else { return };
         ran.refused(2, part);
     }
 }

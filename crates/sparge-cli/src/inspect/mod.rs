@@ -29,9 +29,9 @@ pub(crate) struct Args {
     /// Which .gguf file of a Hugging Face id
     #[arg(long, value_name = "FILE", requires = "model")]
     model_file: Option<String>,
-    /// With --model: tokens to read
-    #[arg(long, value_name = "N", default_value_t = 4096, requires = "model")]
-    context: usize,
+    /// With --model: tokens to read [default: 4096]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
     /// With --model: draw the maps of --head in this layer
     #[arg(long, value_name = "L", requires = "model")]
     layer: Option<usize>,
@@ -62,9 +62,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         (None, None) => Err(Error::input(
             "nothing to draw; give a safetensors file with q, k and v, or --model",
         )),
-        (Some(_), _) if args.text.prompt_file.is_some() => {
-            Err(Error::input("--prompt-file has no use for tensors; drop it, or use --model"))
-        }
+        (Some(_), _) if args.text.prompt_file.is_some() || args.context.is_some() => Err(
+            Error::input("--prompt-file and --context are for --model; drop them, or use --model"),
+        ),
         (Some(input), _) => tensors::run(args, input, context),
         (None, Some(_)) if args.visibility.is_set() => Err(Error::input(
             "the model decides which tokens see which; drop --causal, --window and --sink-blocks",

@@ -30,7 +30,8 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
     let text = args.text.load(context)?;
     let language = Language::open(&args.model(), context)?;
     language.check_config(&config)?;
-    language.check_context(args.context)?;
+    let length = args.context.unwrap_or(4096);
+    language.check_context(length)?;
     let shape = language.model.config();
     let (layers, heads, dim) = (shape.num_layers, shape.num_qo_heads, shape.head_dim);
     let group = heads / shape.num_kv_heads.max(1);
@@ -44,7 +45,7 @@ pub(super) fn run(args: &Args, context: &Context) -> Result<()> {
             )));
         }
     }
-    let tokens = language.tokens(&text.text, args.context)?;
+    let tokens = language.tokens(&text.text, length)?;
     let bar = TokenBar::new(tokens.len());
     bar.say("reading");
     let mut attention = Listener {
