@@ -2,11 +2,12 @@
 //! `prefill MODEL.gguf TEXT.txt TOKENS`.
 
 use std::error::Error;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use sparge_candle::attention::DenseReference;
 use sparge_candle::models::{KvCache, Model, PrefillOptions};
-use sparge_candle::{Sampler, Tokenizer, generate};
+use sparge_candle::{GenerateOptions, Sampler, Tokenizer, generate};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().collect();
@@ -22,16 +23,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = PrefillOptions { score: true, ..Default::default() };
     let read = model.prefill(&tokens, &mut cache, &mut DenseReference, options)?;
     let (perplexity, t) = (read.perplexity(), read.timings);
-    let new = generate(
-        &model,
-        read.logits,
-        &mut cache,
-        &mut DenseReference,
-        &mut Sampler::greedy(),
-        64,
-        |_| false,
-        |_| std::ops::ControlFlow::Continue(()),
-    )?;
+    let options = GenerateOptions {
+        sampler: &mut Sampler::greedy(),
+        max_new_tokens: 64,
+        is_end: &|_| false,
+        on_token: &mut |_| ControlFlow::Continue(()),
+    };
+    let new = generate(&model, read.logits, &mut cache, &mut DenseReference, options)?;
     let rate = (new.tokens.len() - 1) as f64 / new.timings.total().as_secs_f64();
     #[expect(clippy::print_stdout, reason = "an example's output")]
     {

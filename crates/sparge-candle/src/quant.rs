@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 /// How a tensor's rows are stored. Names are ggml's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs, reason = "the names are the documentation")]
+#[expect(missing_docs, reason = "the names are the documentation")]
 pub enum Format {
     F32,
     F16,
@@ -65,7 +65,7 @@ impl Format {
     /// Bytes of a row of `cols` elements; `None` if the blocks do not divide it.
     pub(crate) fn row_bytes(self, cols: usize) -> Option<usize> {
         let (elements, bytes) = self.block();
-        if cols == 0 || cols % elements != 0 {
+        if cols == 0 || !cols.is_multiple_of(elements) {
             return None;
         }
         (cols / elements).checked_mul(bytes)

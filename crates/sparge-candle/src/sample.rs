@@ -83,20 +83,28 @@ pub struct Generated {
     pub timings: Timings,
 }
 
-/// Generates up to `max_new_tokens` tokens after a prefill that left `logits` and `cache`.
-///
-/// Stops at a token for which `is_end` holds, when the cache is full, or when `on_token`, which sees
-/// every new token, breaks.
+/// How [`generate`] continues a text.
+pub struct GenerateOptions<'a> {
+    /// Chooses the tokens.
+    pub sampler: &'a mut Sampler,
+    /// Most tokens generated.
+    pub max_new_tokens: usize,
+    /// Whether a token ends the text, as [`crate::Tokenizer::is_end`].
+    pub is_end: &'a dyn Fn(u32) -> bool,
+    /// Sees every new token; `Break` stops.
+    pub on_token: &'a mut dyn FnMut(u32) -> ControlFlow<()>,
+}
+
+/// Generates tokens after a prefill that left `logits` and `cache`, until an end token, the limit,
+/// a `Break` or a full cache.
 pub fn generate(
     model: &Model,
     mut logits: Vec<f32>,
     cache: &mut KvCache,
     attention: &mut dyn Attention,
-    sampler: &mut Sampler,
-    max_new_tokens: usize,
-    is_end: impl Fn(u32) -> bool,
-    mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+    options: GenerateOptions<'_>,
 ) -> Result<Generated> {
+    let GenerateOptions { sampler, max_new_tokens, is_end, on_token } = options;
     let mut out = Generated::default();
     while out.tokens.len() < max_new_tokens {
         let token = sampler.sample(&logits);

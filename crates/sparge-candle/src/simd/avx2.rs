@@ -178,6 +178,27 @@ fn affine16(q: __m128i, scale: f32, min: f32, y: &mut [f32]) {
     }
 }
 
+/// [`super::dot`]: four independent accumulators hide the latency of the multiply-add.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let n = a.len().min(b.len());
+    let ((a32, a_tail), (b32, b_tail)) = (a[..n].as_chunks::<32>(), b[..n].as_chunks::<32>());
+    let mut acc = [_mm256_setzero_ps(); 4];
+    for (a, b) in a32.iter().zip(b32) {
+        for (i, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: the references cover 32 elements, of which these are eight; no alignment needed.
+            let (a, b) = unsafe {
+                (_mm256_loadu_ps(a.as_ptr().add(8 * i)), _mm256_loadu_ps(b.as_ptr().add(8 * i)))
+            };
+            *acc = _mm256_fmadd_ps(a, b, *acc);
+        }
+    }
+    let sum = _mm256_add_ps(_mm256_add_ps(acc[0], acc[1]), _mm256_add_ps(acc[2], acc[3]));
+    let mut lanes = [0.0; 8];
+    store(sum, &mut lanes);
+    a_tail.iter().zip(b_tail).fold(lanes.iter().sum(), |s, (a, b)| a.mul_add(*b, s))
+}
+
 /// [`super::tile`]: twelve accumulators, two of b, one broadcast of a: fifteen of the sixteen registers.
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn tile(mut t: Tile<'_>) {

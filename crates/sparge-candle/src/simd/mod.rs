@@ -68,9 +68,6 @@ macro_rules! dispatch {
 }
 
 dispatch!(
-    /// Σ a·b over the shorter length.
-    dot(a: &[f32], b: &[f32]) -> f32, dot_body);
-dispatch!(
     /// y += s·x.
     axpy(s: f32, x: &[f32], y: &mut [f32]), axpy_body);
 dispatch!(
@@ -88,6 +85,24 @@ pub(crate) fn dequantise(format: Format, src: &[u8], dst: &mut [f32]) {
         return unsafe { avx2::dequantise(format, src, dst) };
     }
     quant::dequantise(format, src, dst);
+}
+
+/// Σ a·b over the shorter length.
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx2() {
+        // SAFETY: the function needs avx2, fma and f16c, which `has_avx2` has just found.
+        return unsafe { avx2::dot(a, b) };
+    }
+    let n = a.len().min(b.len());
+    let ((a8, a_tail), (b8, b_tail)) = (a[..n].as_chunks::<8>(), b[..n].as_chunks::<8>());
+    let mut acc = [0.0f32; 8];
+    for (a, b) in a8.iter().zip(b8) {
+        for i in 0..8 {
+            acc[i] += a[i] * b[i];
+        }
+    }
+    a_tail.iter().zip(b_tail).fold(acc.iter().sum(), |s, (a, b)| s + a * b)
 }
 
 /// Computes one tile of a matrix product.
@@ -127,27 +142,6 @@ fn tile_portable(mut tile: Tile<'_>) {
 #[inline(always)]
 fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
-}
-
-#[inline(always)]
-fn dot_body<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
-    let n = a.len().min(b.len());
-    let ((a32, a_tail), (b32, b_tail)) = (a[..n].as_chunks::<32>(), b[..n].as_chunks::<32>());
-    // Four independent accumulators of eight lanes hide the latency of the multiply-add.
-    let mut acc = [0.0f32; 32];
-    for (a, b) in a32.iter().zip(b32) {
-        for i in 0..32 {
-            acc[i] = fma::<FMA>(a[i], b[i], acc[i]);
-        }
-    }
-    let mut width = 16;
-    while width > 0 {
-        for i in 0..width {
-            acc[i] += acc[i + width];
-        }
-        width /= 2;
-    }
-    a_tail.iter().zip(b_tail).fold(acc[0], |s, (a, b)| fma::<FMA>(*a, *b, s))
 }
 
 #[inline(always)]
@@ -208,6 +202,49 @@ fn sum_exp_body<const FMA: bool>(x: &[f32]) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `cargo test --release -p sparge-candle --lib simd -- --ignored --nocapture`
+    #[test]
+    #[ignore = "a measurement"]
+    fn measure() {
+        use Format::*;
+        // The shortest of many short runs, so that other programs do not matter.
+        let best = |f: &mut dyn FnMut()| {
+            let times = (0..300).map(|_| {
+                let start = std::time::Instant::now();
+                (0..200).for_each(|_| f());
+                start.elapsed().as_secs_f64() / 200.0
+            });
+            times.fold(f64::MAX, f64::min)
+        };
+        let cols = 768;
+        let x = vec![0.5; cols];
+        for format in [F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K] {
+            let src = vec![1u8; format.row_bytes(cols).unwrap()];
+            let mut row = vec![0.0; cols];
+            let alone = best(&mut || dequantise(format, std::hint::black_box(&src), &mut row));
+            let both = best(&mut || {
+                dequantise(format, std::hint::black_box(&src), &mut row);
+                std::hint::black_box(dot(&row, &x));
+            });
+            let rate = |t: f64| cols as f64 * 1e-9 / t;
+            println!(
+                "{format:?}: {:.1} G/s dequantised, {:.1} G/s with the dot product",
+                rate(alone),
+                rate(both)
+            );
+        }
+    }
+
+    #[test]
+    fn dot_products_of_every_length() {
+        for n in 0..100 {
+            let a: Vec<f32> = (0..n).map(|i| (i % 7) as f32 - 3.0).collect();
+            let b: Vec<f32> = (0..n + 2).map(|i| (i % 5) as f32).collect();
+            // Small integers: exact in any order.
+            assert_eq!(dot(&a, &b), a.iter().zip(&b).map(|(a, b)| a * b).sum::<f32>(), "{n}");
+        }
+    }
 
     #[test]
     fn exp_matches_the_library() {
