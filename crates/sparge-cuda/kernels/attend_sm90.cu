@@ -1,0 +1,409 @@
+// Attention over kept blocks on Hopper: int8 Q·Kᵀ, fp32 online softmax, e4m3 P·V.
+//
+// A persistent block of 384 threads: one producer warp copies tiles of two 64-key blocks (any two:
+// they need not be neighbours) into rings in shared memory; two consumer warpgroups own 64 query
+// rows each and take turns at the tensor cores. Per tile a consumer issues Q·Kᵀ of the next tile
+// and P·V of this one, and computes the softmax of the next while P·V runs.
+//
+// The accumulator of Q·Kᵀ starts at MAGIC, the bits of 1.5·2²³: |acc| < 2²² then makes its bits the
+// float 1.5·2²³ + acc, and no conversion is needed. P·V of a tile has its own accumulator, because
+// the e4m3 units round sums to fewer bits than fp32; O = O·alpha + P·V is fp32.
+#include "sparge/types.cuh"
+#include "sparge/ptx/math.cuh"
+#include "sparge/ptx/mbarrier.cuh"
+#include "sparge/ptx/wgmma.cuh"
+
+namespace sparge {
+
+constexpr u32 MAGIC_BITS = 0x4B400000u;
+constexpr float MAGIC = 12582912.0f;
+constexpr float P_SCALE_LOG2 = 8.807354922057604f;  // log2(448): P is stored as 448·p
+constexpr float NEVER = -1e30f;                     // running maximum before any key
+constexpr int CONSUMERS = 256;
+constexpr int Q_STAGES = 2;
+
+/// What the producer tells the consumers about a tile.
+struct Tile {
+    int item;      // work item, -1: no more work
+    int first_key; // of the first block
+    int second_key; // of the second block, -1: there is none
+    int flags;
+};
+constexpr int FIRST = 1, LAST = 2, CUT = 4, EMPTY = 8;
+
+template <int D, int STAGES> struct alignas(1024) Smem {
+    i8 q[Q_STAGES][BLOCK_Q * D];
+    i8 k[STAGES][2][BLOCK_KV * D];
+    u8 v[STAGES][2][D * BLOCK_KV];
+    Tile tile[STAGES];
+    float k_scale[STAGES][2];
+    // The producer's own: it has only 24 registers.
+    int index, uncut, base, end, items;
+    u64 q_full[Q_STAGES], q_empty[Q_STAGES];
+    u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+
+/// A work item: a query block of a head. Heads that share keys are neighbours; within a head the
+/// longest causal rows come first.
+struct Item {
+    int head, q_block;
+    __device__ __forceinline__ Item(const Args &a, int item)
+        : head(item / a.q_blocks), q_block(a.q_blocks - 1 - item % a.q_blocks) {}
+};
+
+/// Position in a ring of N (a power of two): slot and parity.
+template <int N> struct Ring {
+    u32 count = 0;
+    __device__ __forceinline__ u32 slot() const { return count % N; }
+    __device__ __forceinline__ u32 parity() const { return count / N % 2; }
+    __device__ __forceinline__ void next() { count++; }
+};
+
+/// Walks the kept key blocks of a query block, ascending.
+struct Blocks {
+    const u32 *words;  // null: all of them
+    u32 word;
+    int at;
+    volatile int &end;
+    __device__ __forceinline__ Blocks(const Args &a, const Item &item, volatile int &end)
+        : at(0), end(end) {
+        words = nullptr;
+        if (a.mask) words = a.mask + static_cast<u32>(item.head * a.q_blocks + item.q_block) * static_cast<u64>(a.mask_words);
+        word = words && end > 0 ? words[0] : 0;
+    }
+    /// The next block, or -1.
+    __device__ __forceinline__ int next() {
+        if (!words) return at < end ? at++ : -1;
+        while (word == 0) {
+            at += 32;
+            if (at >= end) return -1;
+            word = words[at >> 5];
+        }
+        const int block = at + __ffs(word) - 1;
+        word &= word - 1;
+        return block < end ? block : -1;
+    }
+};
+
+template <int D, int STAGES>
+__device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
+    constexpr u32 BYTES = BLOCK_KV * D;
+    Ring<STAGES> ring;
+    volatile Smem<D, STAGES> &mine = s;
+    mine.items = 0;
+    while ((mine.index = atomicAdd(a.counters, 1)) < a.batch * a.heads * a.q_blocks) {
+        const Item item(a, mine.index);
+        Ring<Q_STAGES> q_ring;
+        q_ring.count = mine.items;
+        mine.items = q_ring.count + 1;
+        mbar_wait(shared_address(&s.q_empty[q_ring.slot()]), q_ring.parity() ^ 1);
+        const u32 q_full = shared_address(&s.q_full[q_ring.slot()]);
+        mbar_expect(q_full, BLOCK_Q * D);
+        bulk_load(shared_address(s.q[q_ring.slot()]),
+                  a.q8 + static_cast<u64>(static_cast<u32>(item.head * a.q_blocks + item.q_block)) *
+                             (BLOCK_Q * D),
+                  BLOCK_Q * D, q_full);
+
+        // Blocks before this one are seen whole by every row.
+        mine.uncut = visible_end(a, item.q_block * BLOCK_Q) / BLOCK_KV;
+        mine.base = item.head / (a.heads / a.kv_heads) * a.kv_blocks;
+        mine.end = reachable_blocks(a, min(a.qo_len, (item.q_block + 1) * BLOCK_Q));
+        Blocks blocks(a, item, mine.end);
+        int b0 = blocks.next();
+        int flags = FIRST;
+        do {
+            const int b1 = b0 < 0 ? -1 : blocks.next();
+            const int upcoming = b1 < 0 ? -1 : blocks.next();
+            if (upcoming < 0) flags |= LAST;
+            if (b0 < 0) flags |= EMPTY;
+            if (b1 < 0 || b1 >= mine.uncut) flags |= CUT;
+            mbar_wait(shared_address(&s.k_empty[ring.slot()]), ring.parity() ^ 1);
+            s.tile[ring.slot()] =
+                Tile{mine.index, b0 * BLOCK_KV, b1 < 0 ? -1 : b1 * BLOCK_KV, flags};
+            const u32 i0 = mine.base + max(b0, 0);
+            const u32 i1 = b1 < 0 ? i0 : mine.base + b1;
+            s.k_scale[ring.slot()][0] = a.k_scale[i0];
+            s.k_scale[ring.slot()][1] = a.k_scale[i1];
+            u32 to = shared_address(s.k[ring.slot()][0]);
+            u32 full = shared_address(&s.k_full[ring.slot()]);
+            mbar_expect(full, 2 * BYTES);
+            bulk_load(to, a.k8 + static_cast<u64>(i0) * BYTES, BYTES, full);
+            bulk_load(to + BYTES, a.k8 + static_cast<u64>(i1) * BYTES, BYTES, full);
+            mbar_wait(shared_address(&s.v_empty[ring.slot()]), ring.parity() ^ 1);
+            to = shared_address(s.v[ring.slot()][0]);
+            full = shared_address(&s.v_full[ring.slot()]);
+            mbar_expect(full, 2 * BYTES);
+            bulk_load(to, a.v8 + static_cast<u64>(i0) * BYTES, BYTES, full);
+            bulk_load(to + BYTES, a.v8 + static_cast<u64>(i1) * BYTES, BYTES, full);
+            ring.next();
+            b0 = upcoming;
+            flags = 0;
+        } while (b0 >= 0);
+    }
+    mbar_wait(shared_address(&s.k_empty[ring.slot()]), ring.parity() ^ 1);
+    s.tile[ring.slot()].item = -1;
+    mbar_arrive(shared_address(&s.k_full[ring.slot()]));
+}
+
+/// One consumer warpgroup's state for 64 query rows: a thread holds rows `row` and `row + 8`.
+template <int D, class T, int STAGES, bool TURNS> struct Consumer {
+    static constexpr int N = BLOCK_KV;
+    const Args &a;
+    Smem<D, STAGES> &s;
+    u32 scores[N];
+    u32 p[N / 4];
+    float o[D / 2], part[D / 2];
+    float running[2], sum[2], alpha[2], q_scale[2];
+
+    __device__ __forceinline__ Consumer(const Args &a, Smem<D, STAGES> &s) : a(a), s(s) {}
+
+    // Read again at every use: registers are scarce.
+    static __device__ __forceinline__ int thread() {
+        int x;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+        return x;
+    }
+    static __device__ __forceinline__ int group() { return thread() / 128; }
+    static __device__ __forceinline__ int lane() { return thread() % 32; }
+    static __device__ __forceinline__ int row() {  // within the query block
+        const int t = thread();
+        return t / 32 * 16 + t % 32 / 4;
+    }
+
+    __device__ __forceinline__ void my_turn() {
+        if (TURNS) named_sync<CONSUMERS>(1 + group());
+    }
+    __device__ __forceinline__ void your_turn() {
+        if (TURNS) named_arrive<CONSUMERS>(2 - group());
+    }
+
+    __device__ __forceinline__ void begin(const Item &item) {
+        const float *scales =
+            a.q_scale + (static_cast<i64>(item.head) * a.q_blocks + item.q_block) * BLOCK_Q;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            running[r] = NEVER;
+            sum[r] = 0.f;
+            alpha[r] = 0.f;
+            q_scale[r] = scales[row() + 8 * r];
+        }
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = 0.f;
+    }
+
+    /// Starts scores = MAGIC + Q·Kᵀ.
+    __device__ __forceinline__ void issue_qk(int q_slot, int slot) {
+#pragma unroll
+        for (int i = 0; i < N; i++) scores[i] = MAGIC_BITS;
+        const u64 q = descriptor<D>(shared_address(s.q[q_slot]) + group() * 64 * D);
+        const u64 k = descriptor<D>(shared_address(s.k[slot][0]));
+        pin_registers(scores);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) wgmma_s8(scores, q + 2 * i, k + 2 * i);
+        wgmma_commit();
+    }
+
+    /// Starts part = P·V.
+    __device__ __forceinline__ void issue_pv(int slot) {
+        const u64 v = descriptor<64>(shared_address(s.v[slot][0]));
+        pin_registers(p);
+        pin_registers(part);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            // Two steps in each half tile.
+            const u64 at = v + (i / 2) * (D * BLOCK_KV >> 4) + 2 * (i % 2);
+            wgmma_e4m3(part, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], at, i > 0);
+        }
+        wgmma_commit();
+    }
+
+    /// Takes pairs that are masked out of the scores.
+    __device__ __forceinline__ void cut(int slot) {
+        const Tile tile = s.tile[slot];
+        const int column = 2 * (lane() % 4);
+        const int first = tile.flags & EMPTY ? a.kv_len : tile.first_key;
+        const int second = tile.second_key < 0 ? a.kv_len : tile.second_key;
+        const int token = Item(a, tile.item).q_block * BLOCK_Q + row();
+        const int limit[2] = {visible_end(a, token), visible_end(a, token + 8)};
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int half = i / 32;
+            const int key = (half ? second : first) + i % 32 / 4 * 8 + column + i % 2;
+            if (key >= limit[i / 2 % 2]) scores[i] = 0xff800000u;
+        }
+    }
+
+    /// scores = 448·exp2(scaled scores − new maximum), as floats; updates the statistics.
+    __device__ __forceinline__ void softmax(float k0, float k1) {
+        float top[2][2];
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float m = as_float(scores[32 * h + 2 * r]);
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    m = fmaxf(m, as_float(scores[32 * h + 4 * i + 2 * r]));
+                    m = fmaxf(m, as_float(scores[32 * h + 4 * i + 2 * r + 1]));
+                }
+                top[r][h] = m;
+            }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float c0 = q_scale[r] * k0, c1 = q_scale[r] * k1;
+            float m = fmaxf((top[r][0] - MAGIC) * c0, (top[r][1] - MAGIC) * c1);
+            m = fmaxf(m, __shfl_xor_sync(FULL, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(FULL, m, 2));
+            m = fmaxf(m, running[r]);
+            alpha[r] = ex2(running[r] - m);
+            running[r] = m;
+            const float bias[2] = {fmaf(-MAGIC, c0, P_SCALE_LOG2 - m),
+                                   fmaf(-MAGIC, c1, P_SCALE_LOG2 - m)};
+            float total[2] = {0.f, 0.f};
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    const int at = 4 * i + 2 * r + j;
+                    const float e = ex2(fmaf(as_float(scores[at]), i < 8 ? c0 : c1, bias[i / 8]));
+                    scores[at] = as_bits(e);
+                    total[j] += e;
+                }
+            sum[r] = fmaf(sum[r], alpha[r], total[0] + total[1]);
+        }
+    }
+
+    __device__ __forceinline__ void accumulate(const float (&by)[2]) {
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = fmaf(o[i], by[i / 2 % 2], part[i]);
+    }
+
+    /// P in the A operand's layout: V's keys are stored in the matching order.
+    __device__ __forceinline__ void pack() {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            const int at = i / 2 * 8 + i % 2 * 2;
+            p[i] = e4m3x4(as_float(scores[at]), as_float(scores[at + 1]),
+                          as_float(scores[at + 4]), as_float(scores[at + 5]));
+        }
+    }
+
+    __device__ __forceinline__ void finish(const Item &item) {
+        const int batch = item.head / a.heads, head = item.head % a.heads;
+        const int row = this->row(), lane = this->lane();
+        const u32 *amax = a.v_amax + static_cast<i64>(item.head / (a.heads / a.kv_heads)) * D;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float l = sum[r];
+            l += __shfl_xor_sync(FULL, l, 1);
+            l += __shfl_xor_sync(FULL, l, 2);
+            const int token = item.q_block * BLOCK_Q + row + 8 * r;
+            if (token >= a.qo_len) continue;
+            const float by = l == 0.f ? 0.f : 1.f / (448.f * l);
+            u32 *to = reinterpret_cast<u32 *>(
+                static_cast<u16 *>(a.o) + batch * a.os.batch + head * a.os.head +
+                token * a.os.token) + lane % 4;
+#pragma unroll
+            for (int i = 0; i < D / 8; i++) {
+                const uint2 m = *reinterpret_cast<const uint2 *>(amax + 8 * i + 2 * (lane % 4));
+                to[4 * i] = Half2<T>::pack(o[4 * i + 2 * r] * by * as_float(m.x),
+                                           o[4 * i + 2 * r + 1] * by * as_float(m.y));
+            }
+            if (a.lse && lane % 4 == 0) {
+                const float lse = (running[r] + lg2(l) - P_SCALE_LOG2) * 0.69314718055994531f;
+                a.lse[static_cast<i64>(item.head) * a.qo_len + token] =
+                    l == 0.f ? as_float(0xff800000u) : lse;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        Ring<STAGES> ring;
+        Ring<Q_STAGES> q_ring;
+        if (TURNS && group() == 1) your_turn();
+        while (true) {
+            mbar_wait(shared_address(&s.k_full[ring.slot()]), ring.parity());
+            const int index = s.tile[ring.slot()].item;
+            if (index < 0) break;
+            int flags = s.tile[ring.slot()].flags;
+            begin(Item(a, index));
+            mbar_wait(shared_address(&s.q_full[q_ring.slot()]), q_ring.parity());
+            my_turn();
+            issue_qk(q_ring.slot(), ring.slot());
+            your_turn();
+            wgmma_wait<0>();
+            pin_registers(scores);
+            const float k0 = s.k_scale[ring.slot()][0], k1 = s.k_scale[ring.slot()][1];
+            if (flags & CUT) cut(ring.slot());
+            mbar_arrive(shared_address(&s.k_empty[ring.slot()]));
+            softmax(k0, k1);
+            pack();
+            while (!(flags & LAST)) {
+                Ring<STAGES> before = ring;
+                ring.next();
+                mbar_wait(shared_address(&s.k_full[ring.slot()]), ring.parity());
+                flags = s.tile[ring.slot()].flags;
+                const float k0 = s.k_scale[ring.slot()][0], k1 = s.k_scale[ring.slot()][1];
+                my_turn();
+                issue_qk(q_ring.slot(), ring.slot());
+                mbar_wait(shared_address(&s.v_full[before.slot()]), before.parity());
+                issue_pv(before.slot());
+                your_turn();
+                wgmma_wait<1>();
+                pin_registers(scores);
+                if (flags & CUT) cut(ring.slot());
+                mbar_arrive(shared_address(&s.k_empty[ring.slot()]));
+                const float previous[2] = {alpha[0], alpha[1]};
+                softmax(k0, k1);
+                wgmma_wait<0>();
+                pin_registers(part);
+                pin_registers(p);
+                before.count = ring.count - 1;
+                mbar_arrive(shared_address(&s.v_empty[before.slot()]));
+                accumulate(previous);
+                pack();
+            }
+            mbar_arrive(shared_address(&s.q_empty[q_ring.slot()]));
+            q_ring.next();
+            mbar_wait(shared_address(&s.v_full[ring.slot()]), ring.parity());
+            issue_pv(ring.slot());
+            wgmma_wait<0>();
+            pin_registers(part);
+            mbar_arrive(shared_address(&s.v_empty[ring.slot()]));
+            accumulate(alpha);
+            finish(Item(a, index));
+            ring.next();
+        }
+    }
+};
+
+template <int D, class T, int STAGES, bool TURNS>
+__global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Args a) {
+    extern __shared__ __align__(1024) u8 raw[];
+    auto &s = *reinterpret_cast<Smem<D, STAGES> *>(raw);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            mbar_init(shared_address(&s.k_full[i]), 1);
+            mbar_init(shared_address(&s.v_full[i]), 1);
+            mbar_init(shared_address(&s.k_empty[i]), CONSUMERS);
+            mbar_init(shared_address(&s.v_empty[i]), CONSUMERS);
+        }
+        for (int i = 0; i < Q_STAGES; i++) {
+            mbar_init(shared_address(&s.q_full[i]), 1);
+            mbar_init(shared_address(&s.q_empty[i]), CONSUMERS);
+        }
+        mbar_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
+        registers_down<24>();
+        if (threadIdx.x == CONSUMERS) produce<D, STAGES>(a, s);
+    } else {
+        registers_up<240>();
+        Consumer<D, T, STAGES, TURNS>(a, s).run();
+    }
+}
+
+}  // namespace sparge
