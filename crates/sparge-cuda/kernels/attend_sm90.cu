@@ -34,7 +34,7 @@ constexpr int FIRST = 1, LAST = 2, CUT = 4, EMPTY = 8;
 template <int D, int STAGES> struct alignas(1024) Smem {
     i8 q[Q_STAGES][BLOCK_Q * D];
     i8 k[STAGES][2][BLOCK_KV * D];
-    u8 v[STAGES][2][D * BLOCK_KV];
+    u8 v[STAGES][2][(D + 8) * BLOCK_KV];  // row D is ones, the rest zeros: it sums P
     Tile tile[STAGES];
     float k_scale[STAGES][2];
     // The producer's own: it has only 24 registers.
@@ -134,7 +134,7 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
             full = shared_address(&s.v_full[ring.slot()]);
             mbar_expect(full, 2 * BYTES);
             bulk_load(to, a.v8 + static_cast<u64>(i0) * BYTES, BYTES, full);
-            bulk_load(to + BYTES, a.v8 + static_cast<u64>(i1) * BYTES, BYTES, full);
+            bulk_load(to + sizeof(s.v[0][0]), a.v8 + static_cast<u64>(i1) * BYTES, BYTES, full);
             ring.next();
             b0 = upcoming;
             flags = 0;
@@ -152,7 +152,7 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
     Smem<D, STAGES> &s;
     u32 scores[N];
     u32 p[N / 4];
-    float o[D / 2], part[D / 2];
+    float o[D / 2], part[D / 2 + 4];
     float running[2], sum[2], alpha[2], q_scale[2];
 
     __device__ __forceinline__ Consumer(const Args &a, Smem<D, STAGES> &s) : a(a), s(s) {}
@@ -213,7 +213,7 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             // Two steps in each half tile.
-            const u64 at = v + (i / 2) * (D * BLOCK_KV >> 4) + 2 * (i % 2);
+            const u64 at = v + (i / 2) * ((D + 8) * BLOCK_KV >> 4) + 2 * (i % 2);
             wgmma_e4m3(part, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], at, i > 0);
         }
         wgmma_commit();
@@ -261,7 +261,6 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
             running[r] = m;
             const float bias[2] = {fmaf(-MAGIC, c0, P_SCALE_LOG2 - m),
                                    fmaf(-MAGIC, c1, P_SCALE_LOG2 - m)};
-            float total[2] = {0.f, 0.f};
 #pragma unroll
             for (int i = 0; i < 16; i++)
 #pragma unroll
@@ -269,15 +268,16 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
                     const int at = 4 * i + 2 * r + j;
                     const float e = ex2(fmaf(as_float(scores[at]), i < 8 ? c0 : c1, bias[i / 8]));
                     scores[at] = as_bits(e);
-                    total[j] += e;
                 }
-            sum[r] = fmaf(sum[r], alpha[r], total[0] + total[1]);
         }
     }
 
     __device__ __forceinline__ void accumulate(const float (&by)[2]) {
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = fmaf(o[i], by[i / 2 % 2], part[i]);
+        // Only the first lane of four has the sums: column D.
+        sum[0] = fmaf(sum[0], by[0], part[D / 2]);
+        sum[1] = fmaf(sum[1], by[1], part[D / 2 + 2]);
     }
 
     /// P in the A operand's layout: V's keys are stored in the matching order.
@@ -296,9 +296,7 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
         const u32 *amax = a.v_amax + static_cast<i64>(item.head / (a.heads / a.kv_heads)) * D;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float l = sum[r];
-            l += __shfl_xor_sync(FULL, l, 1);
-            l += __shfl_xor_sync(FULL, l, 2);
+            const float l = __shfl_sync(FULL, sum[r], lane & ~3);
             const int token = item.q_block * BLOCK_Q + row + 8 * r;
             if (token >= a.qo_len) continue;
             const float by = l == 0.f ? 0.f : 1.f / (448.f * l);
@@ -312,7 +310,11 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
                                            o[4 * i + 2 * r + 1] * by * as_float(m.y));
             }
             if (a.lse && lane % 4 == 0) {
-                const float lse = (running[r] + lg2(l) - P_SCALE_LOG2) * 0.69314718055994531f;
+                // Scores were taken of K less its mean.
+                const float shift = a.q_shift[(static_cast<i64>(item.head) * a.q_blocks +
+                                               item.q_block) * BLOCK_Q + row + 8 * r];
+                const float lse =
+                    (running[r] + shift + lg2(l) - P_SCALE_LOG2) * 0.69314718055994531f;
                 a.lse[static_cast<i64>(item.head) * a.qo_len + token] =
                     l == 0.f ? as_float(0xff800000u) : lse;
             }
@@ -339,6 +341,7 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
             if (flags & CUT) cut(ring.slot());
             mbar_arrive(shared_address(&s.k_empty[ring.slot()]));
             softmax(k0, k1);
+            mbar_wait(shared_address(&s.v_full[ring.slot()]), ring.parity());
             pack();
             while (!(flags & LAST)) {
                 Ring<STAGES> before = ring;
@@ -348,7 +351,6 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
                 const float k0 = s.k_scale[ring.slot()][0], k1 = s.k_scale[ring.slot()][1];
                 my_turn();
                 issue_qk(q_ring.slot(), ring.slot());
-                mbar_wait(shared_address(&s.v_full[before.slot()]), before.parity());
                 issue_pv(before.slot());
                 your_turn();
                 wgmma_wait<1>();
@@ -357,6 +359,10 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
                 mbar_arrive(shared_address(&s.k_empty[ring.slot()]));
                 const float previous[2] = {alpha[0], alpha[1]};
                 softmax(k0, k1);
+                // The assembler would move the wait for P·V up to here, before the softmax that is
+                // to run beside it; it does not move it over this loop.
+                pin_registers(scores);
+                mbar_wait(shared_address(&s.v_full[ring.slot()]), ring.parity());
                 wgmma_wait<0>();
                 pin_registers(part);
                 pin_registers(p);
@@ -367,7 +373,6 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
             }
             mbar_arrive(shared_address(&s.q_empty[q_ring.slot()]));
             q_ring.next();
-            mbar_wait(shared_address(&s.v_full[ring.slot()]), ring.parity());
             issue_pv(ring.slot());
             wgmma_wait<0>();
             pin_registers(part);
@@ -381,6 +386,8 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
 
 template <int D, class T, int STAGES, bool TURNS>
 __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Args a) {
+    static_assert(sizeof(Smem<D, STAGES>) <= 2 * 128 * D + STAGES * 128 * (2 * D + 8) + 1024,
+                  "src/spec.rs");
     extern __shared__ __align__(1024) u8 raw[];
     auto &s = *reinterpret_cast<Smem<D, STAGES> *>(raw);
     if (threadIdx.x == 0) {
@@ -396,6 +403,11 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
         }
         mbar_init_fence();
     }
+    for (int i = threadIdx.x; i < STAGES * 2 * 8 * BLOCK_KV; i += blockDim.x) {
+        const int tile = i / (8 * BLOCK_KV), at = i % (8 * BLOCK_KV);
+        s.v[tile / 2][tile % 2][D * BLOCK_KV + at] = at < BLOCK_KV ? 0x38 : 0;  // 1.0 in e4m3
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
         registers_down<24>();

@@ -174,21 +174,33 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
         a.qo_len);
     i8 *image = a.q8 + static_cast<i64>(index) * (BLOCK_Q * D);
     const float sign = a.scale_log2 < 0.f ? -1.f : 1.f;
+    const int kv_pair = batch * a.kv_heads + head / (a.heads / a.kv_heads);
+    float mean[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) mean[j] = a.k_mean[kv_pair * D + part.channel + j];
 #pragma unroll
     for (int i = 0; i < Part<D>::ROWS; i++) {
         u32 top = 0;
+        float shift = 0.f;
 #pragma unroll
-        for (int j = 0; j < 8; j++) top = umax(top, magnitude(part.x[i][j]));
+        for (int j = 0; j < 8; j++) {
+            top = umax(top, magnitude(part.x[i][j]));
+            shift = fmaf(part.x[i][j], mean[j], shift);
+        }
 #pragma unroll
-        for (int step = 1; step < Part<D>::LANES; step *= 2)
+        for (int step = 1; step < Part<D>::LANES; step *= 2) {
             top = umax(top, __shfl_xor_sync(FULL, top, step));
+            shift += __shfl_xor_sync(FULL, shift, step);
+        }
         const float most = as_float(top);
         part.store_int8(image, warp * SUB, i, top == 0 ? 0.f : sign * 127.f / most);
         // Never zero: a cut score is −∞ times this.
         const float scale = most / 127.f * fabsf(a.scale_log2);
-        if (part.channel == 0)
-            a.q_scale[static_cast<i64>(index) * BLOCK_Q + warp * SUB + part.row + i] =
-                scale < 1e-20f ? 1e-20f : scale;
+        if (part.channel == 0) {
+            const i64 at = static_cast<i64>(index) * BLOCK_Q + warp * SUB + part.row + i;
+            a.q_scale[at] = scale < 1e-20f ? 1e-20f : scale;
+            a.q_shift[at] = shift * a.scale_log2;
+        }
     }
     if (POOL) {
         float sum[8];

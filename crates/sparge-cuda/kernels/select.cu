@@ -166,8 +166,11 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
             }
     const u16 *keys = a.k_pool + static_cast<i64>(kv_pair) * a.kv_blocks * SUBS_K * 2 * D;
     const int sub_end = min(key_end * SUBS_K, ceil_div(a.kv_len, SUB_K));
-    for (int k0 = warp / GROUPS * 8; k0 < key_end * SUBS_K; k0 += KEY_WARPS * 8) {
-        uint4 k[2][D / 32];
+    // Keys before this one are whole, scored and seen by every row: no masks.
+    const Row nearest(a, min(a.q_blocks - 1, first / SUBS_Q));
+    const int plain = min(visible_end(a, nearest.first), nearest.scored * BLOCK_KV);
+    uint4 k[2][D / 32];
+    auto fetch = [&](int k0) {
         const int sub = k0 + lane / 4;
 #pragma unroll
         for (int part = 0; part < 2; part++)
@@ -178,9 +181,14 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
                     k[part][i] =
                         load16(keys + static_cast<i64>(sub) * 2 * D + part * D + 32 * i + 8 * t);
             }
+    };
+    constexpr int STEP = KEY_WARPS * 8;
+    fetch(warp / GROUPS * 8);
+    for (int k0 = warp / GROUPS * 8; k0 < key_end * SUBS_K; k0 += STEP) {
+        float scores[TILES][4] = {};
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            float s[4] = {};
+            float (&s)[4] = scores[m];
 #pragma unroll
             for (int i = 0; i < D / 32; i++) {
                 mma_bf16(s, q[1][m][2 * i], k[0][i].x, k[0][i].y);
@@ -193,42 +201,50 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
                 mma_bf16(s, q[0][m][2 * i], k[0][i].x, k[0][i].y);
                 mma_bf16(s, q[0][m][2 * i + 1], k[0][i].z, k[0][i].w);
             }
+        }
+        fetch(k0 + STEP);  // arrives while the scores are reduced
+        const bool is_plain = (k0 + 8) * SUB_K <= plain;
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int row = row0 + 16 * m + 8 * r, q_sub = first + row;
                 const int q_block = q_sub / SUBS_Q;
-                const int sub_last =
-                    min(a.qo_len, q_block * BLOCK_Q + (q_sub % SUBS_Q + 1) * SUB_Q) - 1;
-                const int seen = visible_end(a, sub_last);
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const int key = (k0 + 2 * t + j) * SUB_K, count = min(SUB_K, a.kv_len - key);
-                    float &x = s[2 * r + j];
-                    if (count <= 0 || key >= seen) x = as_float(MINUS_INFINITY);
-                    else if (count < SUB_K) x += lg2(static_cast<float>(count) / SUB_K);
-                }
                 const bool exists = q_sub < subs;
+                float x[2] = {scores[m][2 * r], scores[m][2 * r + 1]};
+                int scored = key_end;
+                if (!is_plain) {
+                    const int sub_last =
+                        min(a.qo_len, q_block * BLOCK_Q + (q_sub % SUBS_Q + 1) * SUB_Q) - 1;
+                    const int seen = visible_end(a, sub_last);
+                    scored = exists ? Row(a, q_block).scored : 0;
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const int key = (k0 + 2 * t + j) * SUB_K;
+                        const int count = min(SUB_K, a.kv_len - key);
+                        if (count <= 0 || key >= seen) x[j] = as_float(MINUS_INFINITY);
+                        else if (count < SUB_K) x[j] += lg2(static_cast<float>(count) / SUB_K);
+                    }
+                }
                 float *out = lse + row * pitch;
-                const int scored = exists ? Row(a, q_block).scored : 0;
                 if (SUBS_K == 1) {
+#pragma unroll
                     for (int j = 0; j < 2; j++) {
                         const int block = k0 + 2 * t + j;
                         if (exists && block < key_end)
-                            out[block] = block < scored ? s[2 * r + j] : as_float(MINUS_INFINITY);
+                            out[block] = block < scored ? x[j] : as_float(MINUS_INFINITY);
                     }
                 } else {
-                    float top = fmaxf(s[2 * r], s[2 * r + 1]);
+                    float top = fmaxf(x[0], x[1]);
                     top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
                     const float base = top == as_float(MINUS_INFINITY) ? 0.f : top;
-                    float sum = ex2(s[2 * r] - base) + ex2(s[2 * r + 1] - base);
+                    float sum = ex2(x[0] - base) + ex2(x[1] - base);
                     sum += __shfl_xor_sync(FULL, sum, 1);
                     const int block = (k0 + 2 * t) / SUBS_K;
                     if (exists && t % 2 == 0 && block < key_end)
-                        out[block] =
-                            block < scored ? base + lg2(sum) : as_float(MINUS_INFINITY);
+                        out[block] = block < scored ? base + lg2(sum) : as_float(MINUS_INFINITY);
                 }
             }
-        }
     }
     __syncthreads();
 

@@ -91,6 +91,7 @@ pub(crate) struct Workspace {
     pub(crate) zeroed_end: usize,
     pub(crate) q8: usize,
     pub(crate) q_scale: usize,
+    pub(crate) q_shift: usize,
     pub(crate) k8: usize,
     pub(crate) k_scale: usize,
     pub(crate) v8: usize,
@@ -127,7 +128,9 @@ impl Attention {
                 let spec = KernelSpec::Select { dim, pool, rows: *rows };
                 rows * width <= spec.most_shared_bytes()
             };
-            let Some(rows) = SELECT_ROWS.into_iter().find(fits) else {
+            // Whole-block pooling has few rows: small thread blocks fill the GPU.
+            let start = if pool == Pool::Block { SELECT_ROWS.len() - 1 } else { 0 };
+            let Some(rows) = SELECT_ROWS.into_iter().skip(start).find(fits) else {
                 return Err(Error::Unsupported {
                     what: format!("selection among {} keys", shape.kv_len),
                     remedy: "split the keys and combine the parts by their log-sum-exp",
@@ -311,6 +314,7 @@ impl Workspace {
             zeroed_end: take(&[0]),
             q8: take(&[q, BLOCK_Q, dim]),
             q_scale: take(&[q, BLOCK_Q, 4]),
+            q_shift: take(&[q, BLOCK_Q, 4]),
             k8: take(&[kv, BLOCK_KV, dim]),
             k_scale: take(&[kv, 4]),
             v8: take(&[kv, BLOCK_KV, dim]),

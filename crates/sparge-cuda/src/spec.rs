@@ -139,7 +139,7 @@ impl KernelSpec {
             Self::Statistics { .. } | Self::Quantize { .. } => 0,
             Self::Select { .. } => SELECT_SHARED_BYTES,
             // Tiles of q, k and v; the last kilobyte holds scales, tile records and barriers.
-            Self::Attend { dim, .. } => 2 * 128 * dim + STAGES * 4 * 64 * dim + 1024,
+            Self::Attend { dim, .. } => 2 * 128 * dim + STAGES * 128 * (2 * dim + 8) + 1024,
         }
     }
 }

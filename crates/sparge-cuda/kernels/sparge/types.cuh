@@ -38,6 +38,7 @@ struct Args {
     Strides qs, ks, vs, os;
     i8 *q8;               // [batch, heads, q_blocks] images of 128 x d, swizzled
     float *q_scale;       // [batch, heads, q_blocks * 128], softmax scale and log2(e) included
+    float *q_shift;       // the same shape: what the mean of K adds to each row's scores, log2
     i8 *k8;               // [batch, kv_heads, kv_blocks] images of 64 x d, swizzled
     float *k_scale;       // [batch, kv_heads, kv_blocks]
     u8 *v8;               // [batch, kv_heads, kv_blocks] images of d x 64, keys permuted, swizzled
@@ -59,7 +60,7 @@ struct Args {
     Budget budget[MAX_HEADS];
 };
 // src/launch/mod.rs asserts the same size; it orders its fields the same way.
-static_assert(sizeof(Args) == 1312, "Args");
+static_assert(sizeof(Args) == 1320, "Args");
 
 __device__ __forceinline__ int min(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int max(int a, int b) { return a > b ? a : b; }

@@ -139,6 +139,7 @@ impl Attention {
             v_amax: at(layout.v_amax),
             q8: at(layout.q8),
             q_scale: at(layout.q_scale),
+            q_shift: at(layout.q_shift),
             k8: at(layout.k8),
             k_scale: at(layout.k_scale),
             v8: at(layout.v8),

@@ -40,6 +40,7 @@ pub(crate) struct Args {
     pub(crate) o_strides: Strides,
     pub(crate) q8: u64,
     pub(crate) q_scale: u64,
+    pub(crate) q_shift: u64,
     pub(crate) k8: u64,
     pub(crate) k_scale: u64,
     pub(crate) v8: u64,
@@ -68,10 +69,10 @@ pub(crate) struct Args {
 }
 
 // The size is asserted in types.cuh too.
-const _: () = assert!(size_of::<Args>() == 1312);
+const _: () = assert!(size_of::<Args>() == 1320);
 const _: () = assert!(offset_of!(Args, q8) == 136);
-const _: () = assert!(offset_of!(Args, batch) == 232);
-const _: () = assert!(offset_of!(Args, budget) == 288);
+const _: () = assert!(offset_of!(Args, batch) == 240);
+const _: () = assert!(offset_of!(Args, budget) == 296);
 
 impl Default for Args {
     fn default() -> Self {
@@ -87,6 +88,7 @@ impl Default for Args {
             o_strides: Strides::default(),
             q8: 0,
             q_scale: 0,
+            q_shift: 0,
             k8: 0,
             k_scale: 0,
             v8: 0,
