@@ -18,6 +18,9 @@ namespace sparge {
 constexpr u32 MAGIC_BITS = 0x4B400000u;
 constexpr float MAGIC = 12582912.0f;
 constexpr float P_SCALE_LOG2 = 8.807354922057604f;  // log2(448): P is stored as 448·p
+// A byte of P is a float's bits 8 to 15: 1.5·2¹⁵ plus the byte's value, in steps of 2⁻⁸.
+constexpr float CODE_ZERO = 49152.0f;
+constexpr float CODE_TOP = 120.5f;  // e4m3 code of the largest p, 256, and a half to round
 constexpr float NEVER = -1e30f;                     // running maximum before any key
 constexpr int CONSUMERS = 256;
 constexpr int Q_STAGES = 2;
@@ -36,7 +39,7 @@ template <int D, int STAGES> struct alignas(1024) Smem {
     i8 k[STAGES][2][BLOCK_KV * D];
     u8 v[STAGES][2][(D + 8) * BLOCK_KV];  // row D is ones, the rest zeros: it sums P
     Tile tile[STAGES];
-    float k_scale[STAGES][2];
+    float k_scale[STAGES][2][4];  // the first of four
     // The producer's own: it has only 24 registers.
     int index, uncut, base, end, items;
     u64 q_full[Q_STAGES], q_empty[Q_STAGES];
@@ -122,11 +125,12 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
                 Tile{mine.index, b0 * BLOCK_KV, b1 < 0 ? -1 : b1 * BLOCK_KV, flags};
             const u32 i0 = mine.base + max(b0, 0);
             const u32 i1 = b1 < 0 ? i0 : mine.base + b1;
-            s.k_scale[ring.slot()][0] = a.k_scale[i0];
-            s.k_scale[ring.slot()][1] = a.k_scale[i1];
-            u32 to = shared_address(s.k[ring.slot()][0]);
+            u32 to = shared_address(s.k_scale[ring.slot()]);
             u32 full = shared_address(&s.k_full[ring.slot()]);
-            mbar_expect(full, 2 * BYTES);
+            mbar_expect(full, 2 * BYTES + 32);
+            bulk_load(to, a.k_scale + static_cast<u64>(i0) * 4, 16, full);
+            bulk_load(to + 16, a.k_scale + static_cast<u64>(i1) * 4, 16, full);
+            to = shared_address(s.k[ring.slot()][0]);
             bulk_load(to, a.k8 + static_cast<u64>(i0) * BYTES, BYTES, full);
             bulk_load(to + BYTES, a.k8 + static_cast<u64>(i1) * BYTES, BYTES, full);
             mbar_wait(shared_address(&s.v_empty[ring.slot()]), ring.parity() ^ 1);
@@ -146,7 +150,7 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
 }
 
 /// One consumer warpgroup's state for 64 query rows: a thread holds rows `row` and `row + 8`.
-template <int D, class T, int STAGES, bool TURNS> struct Consumer {
+template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
     static constexpr int N = BLOCK_KV;
     const Args &a;
     Smem<D, STAGES> &s;
@@ -235,7 +239,13 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
         }
     }
 
-    /// scores = 448·exp2(scaled scores − new maximum), as floats; updates the statistics.
+    /// Turns scores into p, relative to the new maximum, and updates the statistics.
+    ///
+    /// EXACT: floats 448·exp2(x). Otherwise e4m3 codes, straight from the fused multiply-add that
+    /// scales the scores: a code is 8·(log2 + 7) with the mantissa read linearly, so 8·x plus a
+    /// constant, rounded, is the code of exp2(x) with 1 + f for 2^f. That errs by no more than e4m3
+    /// rounding does, cancels in the ratio to the sum (which is of the same p), and needs neither
+    /// the exponential unit nor a conversion.
     __device__ __forceinline__ void softmax(float k0, float k1) {
         float top[2][2];
 #pragma unroll
@@ -252,23 +262,37 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
             }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float c0 = q_scale[r] * k0, c1 = q_scale[r] * k1;
-            float m = fmaxf((top[r][0] - MAGIC) * c0, (top[r][1] - MAGIC) * c1);
+            const float c[2] = {q_scale[r] * k0, q_scale[r] * k1};
+            float m = fmaxf((top[r][0] - MAGIC) * c[0], (top[r][1] - MAGIC) * c[1]);
             m = fmaxf(m, __shfl_xor_sync(FULL, m, 1));
             m = fmaxf(m, __shfl_xor_sync(FULL, m, 2));
             m = fmaxf(m, running[r]);
             alpha[r] = ex2(running[r] - m);
             running[r] = m;
-            const float bias[2] = {fmaf(-MAGIC, c0, P_SCALE_LOG2 - m),
-                                   fmaf(-MAGIC, c1, P_SCALE_LOG2 - m)};
 #pragma unroll
-            for (int i = 0; i < 16; i++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    const int at = 4 * i + 2 * r + j;
-                    const float e = ex2(fmaf(as_float(scores[at]), i < 8 ? c0 : c1, bias[i / 8]));
-                    scores[at] = as_bits(e);
+            for (int h = 0; h < 2; h++) {
+                const float by = EXACT ? c[h] : 8.f * c[h];
+                float bias = fmaf(-MAGIC, by, EXACT ? P_SCALE_LOG2 - m
+                                                    : CODE_ZERO + CODE_TOP - 8.f * m);
+                if (!EXACT) {
+                    // Rounding of enormous scores must not reach the code of NaN.
+                    const float over = fmaf(top[r][h], by, bias) - (CODE_ZERO + 126.9f);
+                    bias -= over > 0.f ? over : 0.f;
+                    sum[r] = fmaf(bias, 0.f, sum[r]);  // NaN stays, the codes would lose it
                 }
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    const int at = 32 * h + i / 2 * 4 + 2 * r + i % 2;
+                    const float x = fmaf(as_float(scores[at]), by, bias);
+                    scores[at] = as_bits(EXACT ? ex2(x) : fmaxf(x, CODE_ZERO));
+                }
+            }
+        }
+        // Half of the packing; the other half waits until P's registers are free.
+        if (!EXACT) {
+#pragma unroll
+            for (int i = 0; i < N / 2; i++)
+                scores[i] = __byte_perm(scores[2 * i], scores[2 * i + 1], 0x51);
         }
     }
 
@@ -285,8 +309,9 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
 #pragma unroll
         for (int i = 0; i < N / 4; i++) {
             const int at = i / 2 * 8 + i % 2 * 2;
-            p[i] = e4m3x4(as_float(scores[at]), as_float(scores[at + 1]),
-                          as_float(scores[at + 4]), as_float(scores[at + 5]));
+            p[i] = !EXACT ? __byte_perm(scores[at / 2], scores[at / 2 + 2], 0x5410)
+                          : e4m3x4(as_float(scores[at]), as_float(scores[at + 1]),
+                                   as_float(scores[at + 4]), as_float(scores[at + 5]));
         }
     }
 
@@ -309,7 +334,7 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
                 to[4 * i] = Half2<T>::pack(o[4 * i + 2 * r] * by * as_float(m.x),
                                            o[4 * i + 2 * r + 1] * by * as_float(m.y));
             }
-            if (a.lse && lane % 4 == 0) {
+            if (EXACT && a.lse && lane % 4 == 0) {
                 // Scores were taken of K less its mean.
                 const float shift = a.q_shift[(static_cast<i64>(item.head) * a.q_blocks +
                                                item.q_block) * BLOCK_Q + row + 8 * r];
@@ -337,7 +362,7 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
             your_turn();
             wgmma_wait<0>();
             pin_registers(scores);
-            const float k0 = s.k_scale[ring.slot()][0], k1 = s.k_scale[ring.slot()][1];
+            const float k0 = s.k_scale[ring.slot()][0][0], k1 = s.k_scale[ring.slot()][1][0];
             if (flags & CUT) cut(ring.slot());
             mbar_arrive(shared_address(&s.k_empty[ring.slot()]));
             softmax(k0, k1);
@@ -348,7 +373,7 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
                 ring.next();
                 mbar_wait(shared_address(&s.k_full[ring.slot()]), ring.parity());
                 flags = s.tile[ring.slot()].flags;
-                const float k0 = s.k_scale[ring.slot()][0], k1 = s.k_scale[ring.slot()][1];
+                const float k0 = s.k_scale[ring.slot()][0][0], k1 = s.k_scale[ring.slot()][1][0];
                 my_turn();
                 issue_qk(q_ring.slot(), ring.slot());
                 issue_pv(before.slot());
@@ -384,7 +409,8 @@ template <int D, class T, int STAGES, bool TURNS> struct Consumer {
     }
 };
 
-template <int D, class T, int STAGES, bool TURNS>
+/// EXACT: for calls that want the log-sum-exp.
+template <int D, class T, int STAGES, bool TURNS, bool EXACT>
 __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Args a) {
     static_assert(sizeof(Smem<D, STAGES>) <= 2 * 128 * D + STAGES * 128 * (2 * D + 8) + 1024,
                   "src/spec.rs");
@@ -414,7 +440,7 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
         if (threadIdx.x == CONSUMERS) produce<D, STAGES>(a, s);
     } else {
         registers_up<240>();
-        Consumer<D, T, STAGES, TURNS>(a, s).run();
+        Consumer<D, T, STAGES, TURNS, EXACT>(a, s).run();
     }
 }
 

@@ -284,7 +284,7 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
 #pragma unroll
         for (int i = 0; i < Part<D>::ROWS; i++)
             part.store_int8(to, warp * SUB, i, most == 0.f ? 0.f : 127.f / most);
-        if (threadIdx.x == 0) a.k_scale[index] = most / 127.f < 1e-15f ? 1e-15f : most / 127.f;
+        if (threadIdx.x == 0) a.k_scale[index * 4] = most / 127.f < 1e-15f ? 1e-15f : most / 127.f;
     } else {
         uint4 *to = reinterpret_cast<uint4 *>(a.v8 + static_cast<i64>(index) * (D * BLOCK_KV));
         for (int slot = threadIdx.x - THREADS / 2; slot < D * BLOCK_KV / 16; slot += THREADS / 2)

@@ -79,6 +79,7 @@ pub(crate) struct Kernels {
     /// With its pooled rows per thread block and its shared memory.
     pub(crate) select: Option<(Arc<Kernel>, usize, usize)>,
     pub(crate) attend: Arc<Kernel>,
+    pub(crate) attend_lse: Arc<Kernel>,
     pub(crate) attend_shared: usize,
 }
 
@@ -138,13 +139,14 @@ impl Attention {
             };
             Some((load(KernelSpec::Select { dim, pool, rows })?, rows, rows * width))
         };
-        let attend = KernelSpec::Attend { dim, dtype };
+        let attend = |lse| KernelSpec::Attend { dim, dtype, lse };
         let kernels = Kernels {
             statistics: load(KernelSpec::Statistics { dim, dtype })?,
             quantize: load(KernelSpec::Quantize { dim, dtype, pool })?,
             select,
-            attend: load(attend)?,
-            attend_shared: attend.most_shared_bytes(),
+            attend: load(attend(false))?,
+            attend_lse: load(attend(true))?,
+            attend_shared: attend(false).most_shared_bytes(),
         };
         // Enough chunks to fill the GPU twice, of at least 256 keys.
         let heads = shape.batch * shape.num_kv_heads;
@@ -316,7 +318,7 @@ impl Workspace {
             q_scale: take(&[q, BLOCK_Q, 4]),
             q_shift: take(&[q, BLOCK_Q, 4]),
             k8: take(&[kv, BLOCK_KV, dim]),
-            k_scale: take(&[kv, 4]),
+            k_scale: take(&[kv, 16]),
             v8: take(&[kv, BLOCK_KV, dim]),
             partial: take(&[pairs, args.chunks as usize, dim, 4]),
             k_mean: take(&[pairs, dim, 4]),
