@@ -18,9 +18,6 @@ namespace sparge {
 constexpr u32 MAGIC_BITS = 0x4B400000u;
 constexpr float MAGIC = 12582912.0f;
 constexpr float P_SCALE_LOG2 = 8.807354922057604f;  // log2(448): P is stored as 448·p
-// A byte of P is a float's bits 8 to 15: 1.5·2¹⁵ plus the byte's value, in steps of 2⁻⁸.
-constexpr float CODE_ZERO = 49152.0f;
-constexpr float CODE_TOP = 120.5f;  // e4m3 code of the largest p, 256, and a half to round
 constexpr float NEVER = -1e30f;                     // running maximum before any key
 constexpr int CONSUMERS = 256;
 constexpr int Q_STAGES = 2;
@@ -150,14 +147,21 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
 }
 
 /// One consumer warpgroup's state for 64 query rows: a thread holds rows `row` and `row + 8`.
-template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
+///
+/// DEEP: Q·Kᵀ of the next tile runs beside the softmax of this one, in a second set of score
+/// registers. With D = 128 there is no room for it; there the two warpgroups take turns, so that
+/// one's products run beside the other's softmax.
+template <int D, class T, int STAGES> struct Consumer {
     static constexpr int N = BLOCK_KV;
+    static constexpr bool DEEP = D == 64;
+    using Scores = u32[N];
     const Args &a;
     Smem<D, STAGES> &s;
-    u32 scores[N];
+    Ring<STAGES> ring;
+    Ring<Q_STAGES> q_ring;
     u32 p[N / 4];
     float o[D / 2], part[D / 2 + 4];
-    float running[2], sum[2], alpha[2], q_scale[2];
+    float running[2], sum[2], alpha[2], q_scale[2], k_scale[2];
 
     __device__ __forceinline__ Consumer(const Args &a, Smem<D, STAGES> &s) : a(a), s(s) {}
 
@@ -167,18 +171,10 @@ template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
         asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
         return x;
     }
-    static __device__ __forceinline__ int group() { return thread() / 128; }
     static __device__ __forceinline__ int lane() { return thread() % 32; }
     static __device__ __forceinline__ int row() {  // within the query block
         const int t = thread();
         return t / 32 * 16 + t % 32 / 4;
-    }
-
-    __device__ __forceinline__ void my_turn() {
-        if (TURNS) named_sync<CONSUMERS>(1 + group());
-    }
-    __device__ __forceinline__ void your_turn() {
-        if (TURNS) named_arrive<CONSUMERS>(2 - group());
     }
 
     __device__ __forceinline__ void begin(const Item &item) {
@@ -188,27 +184,40 @@ template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
         for (int r = 0; r < 2; r++) {
             running[r] = NEVER;
             sum[r] = 0.f;
-            alpha[r] = 0.f;
             q_scale[r] = scales[row() + 8 * r];
         }
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = 0.f;
     }
 
-    /// Starts scores = MAGIC + Q·Kᵀ.
-    __device__ __forceinline__ void issue_qk(int q_slot, int slot) {
+    /// Waits for the keys of the ring's tile (and its turn) and starts scores = MAGIC + Q·Kᵀ. Returns its flags.
+    __device__ __forceinline__ int issue_qk(Scores &scores) {
+        const int slot = ring.slot();
+        mbar_wait(shared_address(&s.k_full[slot]), ring.parity());
 #pragma unroll
         for (int i = 0; i < N; i++) scores[i] = MAGIC_BITS;
-        const u64 q = descriptor<D>(shared_address(s.q[q_slot]) + group() * 64 * D);
+        const u64 q = descriptor<D>(shared_address(s.q[q_ring.slot()]) + thread() / 128 * 64 * D);
         const u64 k = descriptor<D>(shared_address(s.k[slot][0]));
+        my_turn();
         pin_registers(scores);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < D / 32; i++) wgmma_s8(scores, q + 2 * i, k + 2 * i);
         wgmma_commit();
+        return s.tile[slot].flags;
     }
 
-    /// Starts part = P·V.
+    /// After Q·Kᵀ of the ring's tile: masks, scales, and the slot goes back.
+    __device__ __forceinline__ void take_scores(Scores &scores, int flags) {
+        const int slot = ring.slot();
+        pin_registers(scores);
+        k_scale[0] = s.k_scale[slot][0][0];
+        k_scale[1] = s.k_scale[slot][1][0];
+        if (flags & CUT) cut(scores, slot);
+        mbar_arrive(shared_address(&s.k_empty[slot]));
+    }
+
+    /// Starts part = P·V, or part += P·V, for the tile in `slot`.
     __device__ __forceinline__ void issue_pv(int slot) {
         const u64 v = descriptor<64>(shared_address(s.v[slot][0]));
         pin_registers(p);
@@ -218,13 +227,14 @@ template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
         for (int i = 0; i < 4; i++) {
             // Two steps in each half tile.
             const u64 at = v + (i / 2) * ((D + 8) * BLOCK_KV >> 4) + 2 * (i % 2);
-            wgmma_e4m3(part, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], at, i > 0);
+            wgmma_e4m3(part, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], at,
+                       i > 0);
         }
         wgmma_commit();
     }
 
     /// Takes pairs that are masked out of the scores.
-    __device__ __forceinline__ void cut(int slot) {
+    __device__ __forceinline__ void cut(Scores &scores, int slot) {
         const Tile tile = s.tile[slot];
         const int column = 2 * (lane() % 4);
         const int first = tile.flags & EMPTY ? a.kv_len : tile.first_key;
@@ -239,31 +249,24 @@ template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
         }
     }
 
-    /// Turns scores into p, relative to the new maximum, and updates the statistics.
-    ///
-    /// EXACT: floats 448·exp2(x). Otherwise e4m3 codes, straight from the fused multiply-add that
-    /// scales the scores: a code is 8·(log2 + 7) with the mantissa read linearly, so 8·x plus a
-    /// constant, rounded, is the code of exp2(x) with 1 + f for 2^f. That errs by no more than e4m3
-    /// rounding does, cancels in the ratio to the sum (which is of the same p), and needs neither
-    /// the exponential unit nor a conversion.
-    __device__ __forceinline__ void softmax(float k0, float k1) {
-        float top[2][2];
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float m = as_float(scores[32 * h + 2 * r]);
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    m = fmaxf(m, as_float(scores[32 * h + 4 * i + 2 * r]));
-                    m = fmaxf(m, as_float(scores[32 * h + 4 * i + 2 * r + 1]));
-                }
-                top[r][h] = m;
-            }
+    /// scores = 448·exp2(scaled scores − new maximum), as floats; alpha is what the sums so far
+    /// are worth beside them.
+    __device__ __forceinline__ void softmax(Scores &scores) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float c[2] = {q_scale[r] * k0, q_scale[r] * k1};
-            float m = fmaxf((top[r][0] - MAGIC) * c[0], (top[r][1] - MAGIC) * c[1]);
+            float top[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float m[2] = {as_float(scores[32 * h + 2 * r]), as_float(scores[32 * h + 2 * r + 1])};
+#pragma unroll
+                for (int i = 1; i < 8; i++) {
+                    m[0] = fmaxf(m[0], as_float(scores[32 * h + 4 * i + 2 * r]));
+                    m[1] = fmaxf(m[1], as_float(scores[32 * h + 4 * i + 2 * r + 1]));
+                }
+                top[h] = fmaxf(m[0], m[1]);
+            }
+            const float c[2] = {q_scale[r] * k_scale[0], q_scale[r] * k_scale[1]};
+            float m = fmaxf((top[0] - MAGIC) * c[0], (top[1] - MAGIC) * c[1]);
             m = fmaxf(m, __shfl_xor_sync(FULL, m, 1));
             m = fmaxf(m, __shfl_xor_sync(FULL, m, 2));
             m = fmaxf(m, running[r]);
@@ -271,31 +274,21 @@ template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
             running[r] = m;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const float by = EXACT ? c[h] : 8.f * c[h];
-                float bias = fmaf(-MAGIC, by, EXACT ? P_SCALE_LOG2 - m
-                                                    : CODE_ZERO + CODE_TOP - 8.f * m);
-                if (!EXACT) {
-                    // Rounding of enormous scores must not reach the code of NaN.
-                    const float over = fmaf(top[r][h], by, bias) - (CODE_ZERO + 126.9f);
-                    bias -= over > 0.f ? over : 0.f;
-                    sum[r] = fmaf(bias, 0.f, sum[r]);  // NaN stays, the codes would lose it
-                }
+                const float bias = fmaf(-MAGIC, c[h], P_SCALE_LOG2 - m);
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
                     const int at = 32 * h + i / 2 * 4 + 2 * r + i % 2;
-                    const float x = fmaf(as_float(scores[at]), by, bias);
-                    scores[at] = as_bits(EXACT ? ex2(x) : fmaxf(x, CODE_ZERO));
+                    scores[at] = as_bits(ex2(fmaf(as_float(scores[at]), c[h], bias)));
                 }
             }
         }
-        // Half of the packing; the other half waits until P's registers are free.
-        if (!EXACT) {
-#pragma unroll
-            for (int i = 0; i < N / 2; i++)
-                scores[i] = __byte_perm(scores[2 * i], scores[2 * i + 1], 0x51);
-        }
+        // The assembler would move the wait for P·V up, before the softmax that is to run beside
+        // it; it does not move it over the loop in this wait.
+        pin_registers(scores);
+        mbar_wait(shared_address(&s.v_full[ring.slot()]), ring.parity());
     }
 
+    /// Adds P·V of a tile, computed beside sums that are worth `by` now.
     __device__ __forceinline__ void accumulate(const float (&by)[2]) {
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = fmaf(o[i], by[i / 2 % 2], part[i]);
@@ -305,13 +298,13 @@ template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
     }
 
     /// P in the A operand's layout: V's keys are stored in the matching order.
-    __device__ __forceinline__ void pack() {
+    __device__ __forceinline__ void pack(Scores &scores) {
+        pin_registers(p);
 #pragma unroll
         for (int i = 0; i < N / 4; i++) {
             const int at = i / 2 * 8 + i % 2 * 2;
-            p[i] = !EXACT ? __byte_perm(scores[at / 2], scores[at / 2 + 2], 0x5410)
-                          : e4m3x4(as_float(scores[at]), as_float(scores[at + 1]),
-                                   as_float(scores[at + 4]), as_float(scores[at + 5]));
+            p[i] = e4m3x4(as_float(scores[at]), as_float(scores[at + 1]),
+                          as_float(scores[at + 4]), as_float(scores[at + 5]));
         }
     }
 
@@ -334,7 +327,7 @@ template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
                 to[4 * i] = Half2<T>::pack(o[4 * i + 2 * r] * by * as_float(m.x),
                                            o[4 * i + 2 * r + 1] * by * as_float(m.y));
             }
-            if (EXACT && a.lse && lane % 4 == 0) {
+            if (a.lse && lane % 4 == 0) {
                 // Scores were taken of K less its mean.
                 const float shift = a.q_shift[(static_cast<i64>(item.head) * a.q_blocks +
                                                item.q_block) * BLOCK_Q + row + 8 * r];
@@ -346,71 +339,106 @@ template <int D, class T, int STAGES, bool TURNS, bool EXACT> struct Consumer {
         }
     }
 
+    /// The softmax of the ring's tile beside the products in flight, then P and what P·V of the
+    /// tile before brings.
+    __device__ __forceinline__ void finish_tile(Scores &now, bool is_first) {
+        const float before[2] = {alpha[0], alpha[1]};
+        softmax(now);
+        wgmma_wait<0>();
+        if (!is_first) {
+            pin_registers(part);
+            mbar_arrive(shared_address(&s.v_empty[(ring.count - 1) % STAGES]));
+            accumulate(before);
+        }
+        pack(now);
+    }
+
+    __device__ __forceinline__ void my_turn() {
+        if (!DEEP) named_sync<CONSUMERS>(1 + thread() / 128);
+    }
+    __device__ __forceinline__ void your_turn() {
+        if (!DEEP) named_arrive<CONSUMERS>(2 - thread() / 128);
+    }
+
+    /// DEEP. One tile, whose scores are in `now`: starts Q·Kᵀ of the next tile into `next` and P·V of the
+    /// tile before. Returns the next tile's flags.
+    __device__ __forceinline__ int step(Scores &now, Scores &next, bool is_first) {
+        ring.next();
+        const int flags = issue_qk(next);
+        ring.count--;
+        if (!is_first) issue_pv((ring.count - 1) % STAGES);
+        finish_tile(now, is_first);
+        ring.next();
+        take_scores(next, flags);
+        return flags;
+    }
+
+    /// DEEP. The last tile of an item.
+    __device__ __forceinline__ void last(Scores &now, bool is_first) {
+        if (!is_first) issue_pv((ring.count - 1) % STAGES);
+        finish_tile(now, is_first);
+        finish_products();
+    }
+
+    /// P·V of an item's last tile.
+    __device__ __forceinline__ void finish_products() {
+        issue_pv(ring.slot());
+        wgmma_wait<0>();
+        pin_registers(part);
+        mbar_arrive(shared_address(&s.v_empty[ring.slot()]));
+        accumulate(alpha);
+        ring.next();
+    }
+
+    /// All tiles of an item; `even` holds the scores of the first, whose flags are given.
+    __device__ __forceinline__ void tiles(Scores &even, int flags) {
+        if constexpr (DEEP) {
+            Scores odd;
+            if (flags & LAST) return last(even, true);
+            flags = step(even, odd, true);
+            while (true) {
+                if (flags & LAST) return last(odd, false);
+                flags = step(odd, even, false);
+                if (flags & LAST) return last(even, false);
+                flags = step(even, odd, false);
+            }
+        } else {
+            finish_tile(even, true);
+            while (!(flags & LAST)) {
+                ring.next();
+                flags = issue_qk(even);
+                issue_pv((ring.count - 1) % STAGES);
+                your_turn();
+                wgmma_wait<1>();
+                take_scores(even, flags);
+                finish_tile(even, false);
+            }
+            finish_products();
+        }
+    }
+
     __device__ __forceinline__ void run() {
-        Ring<STAGES> ring;
-        Ring<Q_STAGES> q_ring;
-        if (TURNS && group() == 1) your_turn();
+        if (thread() / 128 == 1) your_turn();
         while (true) {
             mbar_wait(shared_address(&s.k_full[ring.slot()]), ring.parity());
             const int index = s.tile[ring.slot()].item;
             if (index < 0) break;
-            int flags = s.tile[ring.slot()].flags;
             begin(Item(a, index));
             mbar_wait(shared_address(&s.q_full[q_ring.slot()]), q_ring.parity());
-            my_turn();
-            issue_qk(q_ring.slot(), ring.slot());
+            Scores scores;
+            const int flags = issue_qk(scores);
             your_turn();
             wgmma_wait<0>();
-            pin_registers(scores);
-            const float k0 = s.k_scale[ring.slot()][0][0], k1 = s.k_scale[ring.slot()][1][0];
-            if (flags & CUT) cut(ring.slot());
-            mbar_arrive(shared_address(&s.k_empty[ring.slot()]));
-            softmax(k0, k1);
-            mbar_wait(shared_address(&s.v_full[ring.slot()]), ring.parity());
-            pack();
-            while (!(flags & LAST)) {
-                Ring<STAGES> before = ring;
-                ring.next();
-                mbar_wait(shared_address(&s.k_full[ring.slot()]), ring.parity());
-                flags = s.tile[ring.slot()].flags;
-                const float k0 = s.k_scale[ring.slot()][0][0], k1 = s.k_scale[ring.slot()][1][0];
-                my_turn();
-                issue_qk(q_ring.slot(), ring.slot());
-                issue_pv(before.slot());
-                your_turn();
-                wgmma_wait<1>();
-                pin_registers(scores);
-                if (flags & CUT) cut(ring.slot());
-                mbar_arrive(shared_address(&s.k_empty[ring.slot()]));
-                const float previous[2] = {alpha[0], alpha[1]};
-                softmax(k0, k1);
-                // The assembler would move the wait for P·V up to here, before the softmax that is
-                // to run beside it; it does not move it over this loop.
-                pin_registers(scores);
-                mbar_wait(shared_address(&s.v_full[ring.slot()]), ring.parity());
-                wgmma_wait<0>();
-                pin_registers(part);
-                pin_registers(p);
-                before.count = ring.count - 1;
-                mbar_arrive(shared_address(&s.v_empty[before.slot()]));
-                accumulate(previous);
-                pack();
-            }
+            take_scores(scores, flags);
+            tiles(scores, flags);
             mbar_arrive(shared_address(&s.q_empty[q_ring.slot()]));
             q_ring.next();
-            issue_pv(ring.slot());
-            wgmma_wait<0>();
-            pin_registers(part);
-            mbar_arrive(shared_address(&s.v_empty[ring.slot()]));
-            accumulate(alpha);
             finish(Item(a, index));
-            ring.next();
         }
     }
 };
 
-/// EXACT: for calls that want the log-sum-exp.
-template <int D, class T, int STAGES, bool TURNS, bool EXACT>
+template <int D, class T, int STAGES>
 __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Args a) {
     static_assert(sizeof(Smem<D, STAGES>) <= 2 * 128 * D + STAGES * 128 * (2 * D + 8) + 1024,
                   "src/spec.rs");
@@ -440,7 +468,7 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
         if (threadIdx.x == CONSUMERS) produce<D, STAGES>(a, s);
     } else {
         registers_up<240>();
-        Consumer<D, T, STAGES, TURNS, EXACT>(a, s).run();
+        Consumer<D, T, STAGES>(a, s).run();
     }
 }
 

@@ -79,7 +79,6 @@ pub(crate) struct Kernels {
     /// With its pooled rows per thread block and its shared memory.
     pub(crate) select: Option<(Arc<Kernel>, usize, usize)>,
     pub(crate) attend: Arc<Kernel>,
-    pub(crate) attend_lse: Arc<Kernel>,
     pub(crate) attend_shared: usize,
 }
 
@@ -139,14 +138,13 @@ impl Attention {
             };
             Some((load(KernelSpec::Select { dim, pool, rows })?, rows, rows * width))
         };
-        let attend = |lse| KernelSpec::Attend { dim, dtype, lse };
+        let attend = KernelSpec::Attend { dim, dtype };
         let kernels = Kernels {
             statistics: load(KernelSpec::Statistics { dim, dtype })?,
             quantize: load(KernelSpec::Quantize { dim, dtype, pool })?,
             select,
-            attend: load(attend(false))?,
-            attend_lse: load(attend(true))?,
-            attend_shared: attend(false).most_shared_bytes(),
+            attend: load(attend)?,
+            attend_shared: attend.most_shared_bytes(),
         };
         // Enough chunks to fill the GPU twice, of at least 256 keys.
         let heads = shape.batch * shape.num_kv_heads;

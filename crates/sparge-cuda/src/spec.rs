@@ -47,8 +47,6 @@ pub enum KernelSpec {
         dim: usize,
         /// Element type.
         dtype: DType,
-        /// Writes the log-sum-exp, from exact exponentials.
-        lse: bool,
     },
 }
 
@@ -91,7 +89,7 @@ impl KernelSpec {
                     [Pool::None, Pool::SubBlock, Pool::Block]
                         .map(|pool| Self::Quantize { dim, dtype, pool }),
                 );
-                specs.extend([false, true].map(|lse| Self::Attend { dim, dtype, lse }));
+                specs.push(Self::Attend { dim, dtype });
             }
             for pool in [Pool::SubBlock, Pool::Block] {
                 specs.extend(SELECT_ROWS.map(|rows| Self::Select { dim, pool, rows }));
@@ -121,8 +119,8 @@ impl KernelSpec {
                 let (tiles, groups) = (if rows == 16 { 1 } else { 2 }, if rows == 64 { 2 } else { 1 });
                 format!("sparge::select<{dim}, {q}, {kv}, {tiles}, {groups}>")
             }
-            Self::Attend { dim, dtype, lse } => {
-                format!("sparge::attend_sm90<{dim}, {}, {STAGES}, true, {lse}>", dtype.cuda_name())
+            Self::Attend { dim, dtype } => {
+                format!("sparge::attend_sm90<{dim}, {}, {STAGES}>", dtype.cuda_name())
             }
         }
     }

@@ -117,11 +117,9 @@ impl Attention {
         let items = self.shape.batch * self.shape.num_qo_heads * args.q_blocks as usize;
         let blocks = items.min(self.device.multiprocessors()) as u32;
         let shared = self.kernels.attend_shared;
-        let kernels = &self.kernels;
-        let kernel = if output.lse.is_some() { &kernels.attend_lse } else { &kernels.attend };
         // SAFETY: the kernel is persistent: any grid will do.
         unsafe {
-            launch(kernel, [blocks, 1], ATTEND_THREADS, shared, stream, &mut args)
+            launch(&self.kernels.attend, [blocks, 1], ATTEND_THREADS, shared, stream, &mut args)
         }
     }
 
