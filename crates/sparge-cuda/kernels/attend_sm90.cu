@@ -161,7 +161,7 @@ template <int D, class T, int STAGES> struct Consumer {
     Ring<Q_STAGES> q_ring;
     u32 p[N / 4];
     float o[D / 2], part[D / 2 + 4];
-    float running[2], sum[2], alpha[2], q_scale[2], k_scale[2];
+    float running[2], sum[2], alpha[2], q_scale[2];
 
     __device__ __forceinline__ Consumer(const Args &a, Smem<D, STAGES> &s) : a(a), s(s) {}
 
@@ -211,10 +211,7 @@ template <int D, class T, int STAGES> struct Consumer {
     __device__ __forceinline__ void take_scores(Scores &scores, int flags) {
         const int slot = ring.slot();
         pin_registers(scores);
-        k_scale[0] = s.k_scale[slot][0][0];
-        k_scale[1] = s.k_scale[slot][1][0];
         if (flags & CUT) cut(scores, slot);
-        mbar_arrive(shared_address(&s.k_empty[slot]));
     }
 
     /// Starts part = P·V, or part += P·V, for the tile in `slot`.
@@ -252,40 +249,47 @@ template <int D, class T, int STAGES> struct Consumer {
     /// scores = 448·exp2(scaled scores − new maximum), as floats; alpha is what the sums so far
     /// are worth beside them.
     __device__ __forceinline__ void softmax(Scores &scores) {
+        const int slot = ring.slot();
+        const float k_scale[2] = {s.k_scale[slot][0][0], s.k_scale[slot][1][0]};
+        mbar_arrive(shared_address(&s.k_empty[slot]));
+        float c[2][2], top[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float top[2];
+            float m[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float m[2] = {as_float(scores[32 * h + 2 * r]), as_float(scores[32 * h + 2 * r + 1])};
+                c[r][h] = q_scale[r] * k_scale[h];
+                m[h] = as_float(scores[32 * h + 2 * r]);
 #pragma unroll
-                for (int i = 1; i < 8; i++) {
-                    m[0] = fmaxf(m[0], as_float(scores[32 * h + 4 * i + 2 * r]));
-                    m[1] = fmaxf(m[1], as_float(scores[32 * h + 4 * i + 2 * r + 1]));
-                }
-                top[h] = fmaxf(m[0], m[1]);
+                for (int i = 1; i < 16; i++)
+                    m[h] = fmaxf(m[h], as_float(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]));
             }
-            const float c[2] = {q_scale[r] * k_scale[0], q_scale[r] * k_scale[1]};
-            float m = fmaxf((top[0] - MAGIC) * c[0], (top[1] - MAGIC) * c[1]);
-            m = fmaxf(m, __shfl_xor_sync(FULL, m, 1));
-            m = fmaxf(m, __shfl_xor_sync(FULL, m, 2));
-            m = fmaxf(m, running[r]);
+            top[r] = fmaxf((m[0] - MAGIC) * c[r][0], (m[1] - MAGIC) * c[r][1]);
+        }
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                top[r] = fmaxf(top[r], __shfl_xor_sync(FULL, top[r], step));
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float m = fmaxf(top[r], running[r]);
             alpha[r] = ex2(running[r] - m);
             running[r] = m;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const float bias = fmaf(-MAGIC, c[h], P_SCALE_LOG2 - m);
+                const float bias = fmaf(-MAGIC, c[r][h], P_SCALE_LOG2 - m);
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
                     const int at = 32 * h + i / 2 * 4 + 2 * r + i % 2;
-                    scores[at] = as_bits(ex2(fmaf(as_float(scores[at]), c[h], bias)));
+                    scores[at] = as_bits(ex2(fmaf(as_float(scores[at]), c[r][h], bias)));
                 }
             }
         }
         // The assembler would move the wait for P·V up, before the softmax that is to run beside
         // it; it does not move it over the loop in this wait.
         pin_registers(scores);
-        mbar_wait(shared_address(&s.v_full[ring.slot()]), ring.parity());
+        mbar_wait(shared_address(&s.v_full[slot]), ring.parity());
     }
 
     /// Adds P·V of a tile, computed beside sums that are worth `by` now.
@@ -421,7 +425,7 @@ template <int D, class T, int STAGES> struct Consumer {
         if (thread() / 128 == 1) your_turn();
         while (true) {
             mbar_wait(shared_address(&s.k_full[ring.slot()]), ring.parity());
-            const int index = s.tile[ring.slot()].item;
+            int index = s.tile[ring.slot()].item;
             if (index < 0) break;
             begin(Item(a, index));
             mbar_wait(shared_address(&s.q_full[q_ring.slot()]), q_ring.parity());
@@ -433,6 +437,7 @@ template <int D, class T, int STAGES> struct Consumer {
             tiles(scores, flags);
             mbar_arrive(shared_address(&s.q_empty[q_ring.slot()]));
             q_ring.next();
+            asm volatile("" : "+r"(index));  // not to keep what `begin` made of it
             finish(Item(a, index));
         }
     }
