@@ -146,6 +146,12 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
     mbar_arrive(shared_address(&s.k_full[ring.slot()]));
 }
 
+/// The largest of four neighbouring lanes.
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(FULL, x, 1));
+    return fmaxf(x, __shfl_xor_sync(FULL, x, 2));
+}
+
 /// One consumer warpgroup's state for 64 query rows: a thread holds rows `row` and `row + 8`.
 ///
 /// DEEP: Q·Kᵀ of the next tile runs beside the softmax of this one, in a second set of score
@@ -246,45 +252,56 @@ template <int D, class T, int STAGES> struct Consumer {
         }
     }
 
-    /// scores = 448·exp2(scaled scores − new maximum), as floats; alpha is what the sums so far
-    /// are worth beside them.
+    /// The largest scaled score of row r among this lane's.
+    __device__ __forceinline__ float row_top(const Scores &scores, int r, const float (&c)[2]) {
+        float m[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            m[h] = as_float(scores[32 * h + 2 * r]);
+#pragma unroll
+            for (int i = 1; i < 16; i++)
+                m[h] = fmaxf(m[h], as_float(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]));
+        }
+        return fmaxf((m[0] - MAGIC) * c[0], (m[1] - MAGIC) * c[1]);
+    }
+
+    /// scores = 448·exp2(scaled scores − new maximum) of row r, as floats; alpha is what the sums
+    /// so far are worth beside them.
+    __device__ __forceinline__ void exponentials(Scores &scores, int r, const float (&c)[2],
+                                                 float top) {
+        const float m = fmaxf(top, running[r]);
+        alpha[r] = ex2(running[r] - m);
+        running[r] = m;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float bias = fmaf(-MAGIC, c[h], P_SCALE_LOG2 - m);
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const int at = 32 * h + i / 2 * 4 + 2 * r + i % 2;
+                scores[at] = as_bits(ex2(fmaf(as_float(scores[at]), c[h], bias)));
+            }
+        }
+    }
+
     __device__ __forceinline__ void softmax(Scores &scores) {
         const int slot = ring.slot();
         const float k_scale[2] = {s.k_scale[slot][0][0], s.k_scale[slot][1][0]};
         mbar_arrive(shared_address(&s.k_empty[slot]));
         float c[2][2], top[2];
+        // Measured: one row after the other where the exponential unit is the limit, both rows'
+        // maxima first where latency is.
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float m[2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                c[r][h] = q_scale[r] * k_scale[h];
-                m[h] = as_float(scores[32 * h + 2 * r]);
-#pragma unroll
-                for (int i = 1; i < 16; i++)
-                    m[h] = fmaxf(m[h], as_float(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]));
-            }
-            top[r] = fmaxf((m[0] - MAGIC) * c[r][0], (m[1] - MAGIC) * c[r][1]);
+            c[r][0] = q_scale[r] * k_scale[0];
+            c[r][1] = q_scale[r] * k_scale[1];
+            top[r] = row_top(scores, r, c[r]);
+            if (DEEP) exponentials(scores, r, c[r], quad_max(top[r]));
         }
-#pragma unroll
-        for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-                top[r] = fmaxf(top[r], __shfl_xor_sync(FULL, top[r], step));
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float m = fmaxf(top[r], running[r]);
-            alpha[r] = ex2(running[r] - m);
-            running[r] = m;
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float bias = fmaf(-MAGIC, c[r][h], P_SCALE_LOG2 - m);
-#pragma unroll
-                for (int i = 0; i < 16; i++) {
-                    const int at = 32 * h + i / 2 * 4 + 2 * r + i % 2;
-                    scores[at] = as_bits(ex2(fmaf(as_float(scores[at]), c[r][h], bias)));
-                }
-            }
+        if (!DEEP) {
+            top[0] = quad_max(top[0]);
+            top[1] = quad_max(top[1]);
+            exponentials(scores, 0, c[0], top[0]);
+            exponentials(scores, 1, c[1], top[1]);
         }
         // The assembler would move the wait for P·V up, before the softmax that is to run beside
         // it; it does not move it over the loop in this wait.
