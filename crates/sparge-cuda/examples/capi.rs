@@ -50,7 +50,8 @@ fn make(call: Call) -> Result<Handle, Box<dyn std::error::Error>> {
         head_dim_v: call.head_dim as usize,
     };
     let options = AttentionOptions {
-        causal: [None, Some(Alignment::TopLeft), Some(Alignment::BottomRight)][call.causal as usize],
+        causal: [None, Some(Alignment::TopLeft), Some(Alignment::BottomRight)]
+            [call.causal as usize],
         ..Default::default()
     };
     let amount = f64::from(call.amount);
@@ -128,10 +129,7 @@ pub unsafe extern "C" fn sparge_run(
         k: tensor(k, c.num_kv_heads, c.kv_len),
         v: tensor(v, c.num_kv_heads, c.kv_len),
     };
-    let output = Output {
-        o: tensor(o, c.num_qo_heads, c.qo_len),
-        lse: (lse != 0).then_some(lse),
-    };
+    let output = Output { o: tensor(o, c.num_qo_heads, c.qo_len), lse: (lse != 0).then_some(lse) };
     let (a, stream) = (&handle.attention, Stream(stream));
     let mask = a.predicts().then(|| workspace + a.mask_offset() as u64);
     // SAFETY: the caller's promise.

@@ -228,7 +228,8 @@ fn check(
             "set theta to 0 and use Pooling::SUB_BLOCK",
         );
     }
-    let predicts = (0..shape.num_qo_heads).any(|h| budget(config.selection.get(h), shape).is_some());
+    let predicts =
+        (0..shape.num_qo_heads).any(|h| budget(config.selection.get(h), shape).is_some());
     match config.pooling {
         _ if !predicts => Ok(Pool::None),
         Pooling::SUB_BLOCK => Ok(Pool::SubBlock),

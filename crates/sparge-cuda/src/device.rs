@@ -74,8 +74,7 @@ impl Device {
         }
         let compiled =
             self.0.compiler.compile_cached(spec, "sm_90a", self.0.env.cache_dir.as_deref())?;
-        let kernel =
-            Arc::new(Kernel::load(&self.0.context, &compiled, spec.most_shared_bytes())?);
+        let kernel = Arc::new(Kernel::load(&self.0.context, &compiled, spec.most_shared_bytes())?);
         kernels.insert(*spec, Arc::clone(&kernel));
         Ok(kernel)
     }

@@ -72,8 +72,6 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Turns a driver error into ours.
-pub(crate) fn driver(
-    doing: &'static str,
-) -> impl FnOnce(cudarc::driver::DriverError) -> Error {
+pub(crate) fn driver(doing: &'static str) -> impl FnOnce(cudarc::driver::DriverError) -> Error {
     move |e| Error::Driver { doing, message: e.to_string() }
 }

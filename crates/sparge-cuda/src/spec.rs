@@ -86,8 +86,11 @@ impl KernelSpec {
             for dtype in DTYPES {
                 specs.push(Self::Statistics { dim, dtype });
                 specs.extend(
-                    [Pool::None, Pool::SubBlock, Pool::Block]
-                        .map(|pool| Self::Quantize { dim, dtype, pool }),
+                    [Pool::None, Pool::SubBlock, Pool::Block].map(|pool| Self::Quantize {
+                        dim,
+                        dtype,
+                        pool,
+                    }),
                 );
                 specs.push(Self::Attend { dim, dtype });
             }
@@ -116,7 +119,8 @@ impl KernelSpec {
             }
             Self::Select { dim, pool, rows } => {
                 let (q, kv) = pool.subs();
-                let (tiles, groups) = (if rows == 16 { 1 } else { 2 }, if rows == 64 { 2 } else { 1 });
+                let (tiles, groups) =
+                    (if rows == 16 { 1 } else { 2 }, if rows == 64 { 2 } else { 1 });
                 format!("sparge::select<{dim}, {q}, {kv}, {tiles}, {groups}>")
             }
             Self::Attend { dim, dtype } => {

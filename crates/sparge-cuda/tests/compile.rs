@@ -38,7 +38,8 @@ fn all_kernels_compile_without_spills_or_warnings() {
 
 /// Spills, and the assembler's words for a kernel that will be slow.
 fn is_bad(line: &str) -> bool {
-    let spills = line.contains("spill") && !line.contains("0 bytes spill stores, 0 bytes spill loads");
+    let spills =
+        line.contains("spill") && !line.contains("0 bytes spill stores, 0 bytes spill loads");
     // Such as C7505, C7508, C7510, C7513, C7602.
     spills || line.contains("warning") || line.contains("(C7")
 }

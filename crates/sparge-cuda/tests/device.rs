@@ -123,7 +123,11 @@ impl Host {
         Dims { batch: shape.batch, heads, len, dim: shape.head_dim }
     }
     fn options(&self) -> AttentionOptions<'static> {
-        AttentionOptions { causal: self.case.causal, layout: self.case.layout, ..Default::default() }
+        AttentionOptions {
+            causal: self.case.causal,
+            layout: self.case.layout,
+            ..Default::default()
+        }
     }
     fn views(&self) -> [TensorView<'_, bf16>; 3] {
         let view = |data, queries| {
@@ -155,8 +159,8 @@ fn run(
     config: &SpargeConfig,
     want_lse: bool,
 ) -> Ran {
-    let attention =
-        Attention::new(device, host.shape, DType::Bf16, &host.options(), config).expect("supported");
+    let attention = Attention::new(device, host.shape, DType::Bf16, &host.options(), config)
+        .expect("supported");
     let stream = context.default_stream();
     let up = |x: &[bf16]| {
         let bits: Vec<u16> = x.iter().map(|x| x.to_bits()).collect();
@@ -166,8 +170,7 @@ fn run(
     let rows = host.shape.batch * host.shape.num_qo_heads * host.shape.qo_len;
     let o = stream.clone_htod(&vec![0x7fffu16; rows * host.shape.head_dim]).expect("upload");
     let lse = stream.clone_htod(&vec![f32::NAN; rows]).expect("upload");
-    let workspace =
-        stream.clone_htod(&vec![0xffu8; attention.workspace_bytes()]).expect("upload");
+    let workspace = stream.clone_htod(&vec![0xffu8; attention.workspace_bytes()]).expect("upload");
     let tensor = |slice: &CudaSlice<u16>, queries| Tensor {
         address: address(slice, &stream),
         strides: Strides::contiguous(Host::dims(&host.shape, queries), host.case.layout),
@@ -176,8 +179,12 @@ fn run(
     let output = Output { o: tensor(&o, true), lse: want_lse.then(|| address(&lse, &stream)) };
     // SAFETY: all buffers have the sizes of the shape and live past the synchronisation.
     unsafe {
-        attention
-            .forward(Stream(std::ptr::null_mut()), &inputs, &output, address(&workspace, &stream))
+        attention.forward(
+            Stream(std::ptr::null_mut()),
+            &inputs,
+            &output,
+            address(&workspace, &stream),
+        )
     }
     .expect("launch");
     context.synchronize().expect("the kernels ran");

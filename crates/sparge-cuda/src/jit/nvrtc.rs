@@ -107,9 +107,8 @@ impl Compiler {
         check(unsafe { sys::nvrtcAddNameExpression(program.0, expression.as_ptr()) })
             .map_err(&fail)?;
         // SAFETY: the program is live, the options NUL-terminated and as many as counted.
-        let compiled = unsafe {
-            sys::nvrtcCompileProgram(program.0, options.len() as i32, options.as_ptr())
-        };
+        let compiled =
+            unsafe { sys::nvrtcCompileProgram(program.0, options.len() as i32, options.as_ptr()) };
         let log = program.bytes(sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog);
         let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned();
         if let Err(message) = check(compiled) {
@@ -117,9 +116,8 @@ impl Compiler {
         }
         let mut lowered: *const c_char = std::ptr::null();
         // SAFETY: the program is compiled; the name is the one registered above.
-        let got = unsafe {
-            sys::nvrtcGetLoweredName(program.0, expression.as_ptr(), &raw mut lowered)
-        };
+        let got =
+            unsafe { sys::nvrtcGetLoweredName(program.0, expression.as_ptr(), &raw mut lowered) };
         check(got).map_err(&fail)?;
         // SAFETY: NVRTC returned a NUL-terminated string that lives as long as the program.
         let entry = unsafe { CStr::from_ptr(lowered) }.to_string_lossy().into_owned();

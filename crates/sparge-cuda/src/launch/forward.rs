@@ -67,7 +67,14 @@ impl Attention {
                 .map_err(driver("clearing counters"))?;
             let chunks = args.chunks as u32;
             let threads = THREADS;
-            launch(&self.kernels.statistics, [chunks, pairs as u32], threads, 0, stream, &mut args)?;
+            launch(
+                &self.kernels.statistics,
+                [chunks, pairs as u32],
+                threads,
+                0,
+                stream,
+                &mut args,
+            )?;
             launch(&self.kernels.quantize, [(q + kv) as u32, 1], threads, 0, stream, &mut args)
         }
     }
@@ -88,9 +95,7 @@ impl Attention {
         let tiles = (args.q_blocks as usize * self.pooled_per_block()).div_ceil(*rows);
         let heads = self.shape.batch * self.shape.num_qo_heads;
         // SAFETY: the grid and the shared memory match the kernel's contract.
-        unsafe {
-            launch(kernel, [tiles as u32, heads as u32], THREADS, *shared, stream, &mut args)
-        }
+        unsafe { launch(kernel, [tiles as u32, heads as u32], THREADS, *shared, stream, &mut args) }
     }
 
     /// Attention over the blocks of `mask` (all reachable ones for `None`), from what
@@ -154,8 +159,7 @@ impl Attention {
 
 fn part(tensor: &Tensor) -> (u64, Strides) {
     let s = tensor.strides;
-    let strides =
-        Strides { batch: s.batch as i64, head: s.head as i64, token: s.token as i64 };
+    let strides = Strides { batch: s.batch as i64, head: s.head as i64, token: s.token as i64 };
     (tensor.address, strides)
 }
 
