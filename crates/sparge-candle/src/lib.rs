@@ -1,1 +1,25 @@
-//! Sparse, quantised attention.
+//! Sparse attention for candle: language models from GGUF files whose attention sits behind a trait.
+//!
+//! [`models::Model`] opens a Llama or Qwen2 GGUF file and reads prompts through any
+//! [`attention::Attention`]; [`Tokenizer`] and [`Sampler`] turn text into tokens and logits into text;
+//! [`hub`] fetches pinned models and texts.
+
+pub mod attention;
+mod error;
+mod gemm;
+pub mod gguf;
+mod linear;
+mod mapped;
+pub mod models;
+pub mod op;
+mod quant;
+mod sample;
+mod simd;
+mod sparge_attention;
+mod tokenizer;
+
+pub use error::{Error, Result};
+pub use quant::Format;
+pub use sparge_attention::SpargeAttention;
+pub use sample::{Generated, Sampler, generate};
+pub use tokenizer::{Message, Tokenizer};

@@ -70,9 +70,15 @@ __device__ __forceinline__ int count_of(float share, int reachable) {
     return max(1, min(reachable, static_cast<int>(count)));
 }
 
-/// Writes the mask words of one query block from its masses (negative: not scored).
+// What stands in a mass's place.
+constexpr float UNKNOWN = -2.f;  // a mean is not finite: kept, apart from the budget
+constexpr float FORCED = -3.f;   // kept, counted in the budget
+
+/// Writes the mask words of one query block: the forced blocks (whose number and mass are given),
+/// then others in descending mass until all of them reach the budget.
 __device__ __forceinline__ void choose(const Args &a, const Row &row, const Budget &budget,
-                                       const float *mass, bool all, u32 *words) {
+                                       const float *mass, int forced, float forced_mass, bool all,
+                                       u32 *words) {
     const int lane = threadIdx.x % 32, n = row.reachable;
     const int at_least = count_of(budget.top_k, n);
     const float cdf = budget.cdf;
@@ -89,7 +95,8 @@ __device__ __forceinline__ void choose(const Args &a, const Row &row, const Budg
                 sum += mass[j];
             }
         const bool enough =
-            __reduce_add_sync(FULL, count) >= at_least && warp_sum(sum) >= cdf;
+            forced + static_cast<int>(__reduce_add_sync(FULL, count)) >= at_least &&
+            forced_mass + warp_sum(sum) >= cdf;
         if (enough) low = middle; else high = middle;
     }
     // Of the blocks at the threshold itself, the first ones, as many as are needed.
@@ -101,8 +108,8 @@ __device__ __forceinline__ void choose(const Args &a, const Row &row, const Budg
             above++;
             sum += mass[j];
         }
-    above = __reduce_add_sync(FULL, above);
-    sum = warp_sum(sum);
+    above = forced + __reduce_add_sync(FULL, above);
+    sum = forced_mass + warp_sum(sum);
     int ties = max(0, at_least - above);
     if (low == 0) ties = n;
     else if (sum < cdf) ties = max(ties, static_cast<int>(ceilf((cdf - sum) / threshold)));
@@ -114,7 +121,7 @@ __device__ __forceinline__ void choose(const Args &a, const Row &row, const Budg
         const int before = seen + __popc(equal & ((1u << lane) - 1));
         seen += __popc(equal);
         const bool keep = j < n && (all || m > threshold || (m == threshold && before < ties) ||
-                                    m == -2.f || row.forced(a, j));
+                                    m == UNKNOWN || m == FORCED);
         const u32 word = __ballot_sync(FULL, keep);
         if (lane == 0) words[w] = word;
     }
@@ -278,22 +285,28 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
         float total = 0.f;
         for (int r = 0; r < SUBS_Q; r++) total += weight[block * SUBS_Q + r];
         const float by = total > 0.f ? 1.f / total : 0.f;
+        int forced = 0;
+        float forced_mass = 0.f;
         for (int j = lane; j < row.reachable; j += 32) {
             float m = 0.f;
-            bool bad_key = false;
+            bool is_known = j < row.scored;
             for (int r = 0; j < row.scored && r < SUBS_Q; r++) {
                 const int at = block * SUBS_Q + r;
                 if (weight[at] == 0.f) continue;
                 const float x = lse[at * pitch + j];
-                bad_key |= x != x;
+                is_known &= x == x;
                 m += ex2(x - norm[at]) * weight[at];
             }
-            // -1: not scored; -2: a mean is not finite, keep the block.
-            mass[j] = j >= row.scored ? -1.f : bad_key ? -2.f : m * by;
+            const bool is_forced = row.forced(a, j);
+            forced += is_forced;
+            if (is_forced && is_known) forced_mass += m * by;
+            mass[j] = is_forced ? FORCED : is_known ? m * by : UNKNOWN;
         }
+        forced = __reduce_add_sync(FULL, forced);
+        forced_mass = warp_sum(forced_mass);
         __syncwarp();
-        choose(a, row, a.budget[head], mass, bad[block] != 0 || a.budget[head].top_k >= 1.f,
-               a.mask + (static_cast<i64>(pair) * a.q_blocks + q_block) * a.mask_words);
+        choose(a, row, a.budget[head], mass, forced, forced_mass,
+               bad[block] != 0 || a.budget[head].top_k >= 1.f, a.mask + (static_cast<i64>(pair) * a.q_blocks + q_block) * a.mask_words);
     }
 }
 

@@ -1,12 +1,13 @@
 //! The pipeline, top to bottom: plan, predict, attend.
 
-use crate::config::{AttentionOptions, SpargeConfig};
+use crate::config::{AttentionOptions, QkPrecision, SpargeConfig};
 use crate::cpu::{self, Qkv};
 use crate::error::{Error, Result};
 use crate::geometry::AttentionShape;
 use crate::mask::BlockMask;
 use crate::plan::Plan;
 use crate::predict::predict;
+use crate::quant::quantize;
 use crate::stats::Stats;
 use crate::tensor::{Element, TensorView};
 use std::time::Instant;
@@ -130,7 +131,11 @@ pub fn attend<T: Element>(
     let start = Instant::now();
     let mut lse = vec![f32::NEG_INFINITY; if plan.return_lse { rows } else { 0 }];
     let x = Qkv { q: *q, k: *k, v: *v };
-    let mut stats = cpu::attend(plan, &x, mask, out, &mut lse);
+    let quantized = match plan.qk {
+        QkPrecision::F32 => None,
+        QkPrecision::Int8 => Some(quantize(plan, k)?),
+    };
+    let mut stats = cpu::attend(plan, &x, quantized.as_ref(), mask, out, &mut lse);
     stats.attend = start.elapsed();
     Ok(Side { lse: plan.return_lse.then_some(lse), block_mask: None, stats })
 }

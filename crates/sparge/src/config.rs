@@ -44,9 +44,9 @@ impl<T> From<T> for PerHead<T> {
 /// Which key blocks each query block attends to, chosen from the predicted block masses.
 ///
 /// A key block's predicted mass P̂ is its share of the query block's attention, estimated from
-/// pooled queries and keys. Whatever the rule, a row with any reachable block keeps at least one,
-/// and the diagonal (when causal), the first `keep_first` blocks and the blocks the judge θ found
-/// not self-similar are added to it.
+/// pooled queries and keys. The diagonal (when causal) and the first `keep_first` blocks are always
+/// kept and count towards the budget; the blocks that the judge θ found not self-similar are kept on
+/// top of it. A row with any reachable block keeps at least one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Selection {
     /// The measured default: [`Selection::AUTO_CDF`] from [`Selection::AUTO_MIN_LEN`] keys on,
@@ -57,7 +57,7 @@ pub enum Selection {
     /// Blocks in descending predicted mass until their sum reaches τ, the block that reaches it
     /// included. τ in (0, 1]; the paper's τ, `cdfthreshd` in the authors' code.
     TopCdf(f64),
-    /// The ⌈f·reachable⌉ blocks of largest predicted mass. f in (0, 1]; `topk` in the authors'
+    /// ⌈f·reachable⌉ blocks, those of largest predicted mass. f in (0, 1]; `topk` in the authors'
     /// code, which takes the fraction of *all* blocks, also those a causal row cannot see.
     TopK(f64),
     /// The union of [`Selection::TopCdf`] and [`Selection::TopK`]: an adaptive budget with a

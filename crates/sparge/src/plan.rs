@@ -3,9 +3,9 @@
 use crate::config::{
     AttentionOptions, ElementMask, Lengths, PerHead, Pooling, QkPrecision, Selection, SpargeConfig,
 };
-use crate::cpu::{self, TileKernels};
+use crate::cpu::{self, Isa, TileKernels};
 use crate::error::{Error, Result};
-use crate::geometry::{AttentionShape, BLOCK_KV, BLOCK_Q, Coverage, Sequence, Visibility};
+use crate::geometry::{AttentionShape, BLOCK_KV, BLOCK_Q, Coverage, RowKeys, Sequence, Visibility};
 use crate::mask::BlockMask;
 use crate::tensor::Layout;
 use std::ops::Range;
@@ -109,6 +109,12 @@ impl<'a> Plan<'a> {
         &self.shape
     }
 
+    /// The instruction set whose kernels run.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.kernels.isa
+    }
+
     /// `[sequences, heads, q_blocks, kv_blocks]`: the shape of this call's block masks.
     #[must_use]
     pub fn mask_shape(&self) -> [usize; 4] {
@@ -188,26 +194,37 @@ impl<'a> Plan<'a> {
         if coverage == Coverage::Empty || self.element_mask.is_none() {
             return coverage;
         }
-        let any = rows.clone().any(|i| keys.clone().any(|j| self.sees(at, i, j)));
+        let any = rows.clone().any(|i| {
+            let row = self.row(at, i);
+            keys.clone().any(|j| row.sees(j))
+        });
         if any { Coverage::Partial } else { Coverage::Empty }
+    }
+
+    /// What query row `i` may attend (block mask aside).
+    pub(crate) fn row(&self, at: HeadAt, i: usize) -> Row<'_> {
+        let visibility = &self.visibility[at.sequence];
+        let mask = match self.element_mask {
+            None => RowMask::None,
+            Some(ElementMask::Bool(m)) => {
+                RowMask::Bool(m.row(at.sequence % m.dims().batch, at.head % m.dims().heads, i))
+            }
+            Some(ElementMask::Additive(m)) => {
+                RowMask::Bias(m.row(at.sequence % m.dims().batch, at.head % m.dims().heads, i))
+            }
+        };
+        Row { keys: visibility.row(i), mask }
     }
 
     /// Whether query row `i` may attend key `j` (block mask aside).
     pub(crate) fn sees(&self, at: HeadAt, i: usize, j: usize) -> bool {
-        self.visibility[at.sequence].sees(i, j)
-            && match self.element_mask {
-                None => true,
-                Some(ElementMask::Bool(m)) => m.row(at.sequence % m.dims().batch, at.head % m.dims().heads, i)[j],
-                Some(ElementMask::Additive(_)) => self.bias(at, i, j) != f32::NEG_INFINITY,
-            }
+        self.row(at, i).sees(j)
     }
 
     /// What the element mask adds to the scaled score, natural-log units.
     pub(crate) fn bias(&self, at: HeadAt, i: usize, j: usize) -> f32 {
-        match self.element_mask {
-            Some(ElementMask::Additive(m)) => {
-                m.row(at.sequence % m.dims().batch, at.head % m.dims().heads, i)[j]
-            }
+        match self.row(at, i).mask {
+            RowMask::Bias(bias) => bias[j],
             _ => 0.0,
         }
     }
@@ -229,6 +246,32 @@ impl<'a> Plan<'a> {
         let visibility = &self.visibility[at.sequence];
         visibility.has_diagonal()
             && self.sequences[at.sequence].kv_block(kv_block).end > visibility.hi(rows.end - 1)
+    }
+}
+
+/// The keys one query row may attend.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Row<'a> {
+    keys: RowKeys,
+    pub(crate) mask: RowMask<'a>,
+}
+
+/// One row of the element mask.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum RowMask<'a> {
+    None,
+    Bool(&'a [bool]),
+    Bias(&'a [f32]),
+}
+
+impl Row<'_> {
+    pub(crate) fn sees(&self, j: usize) -> bool {
+        self.keys.sees(j)
+            && match self.mask {
+                RowMask::None => true,
+                RowMask::Bool(mask) => mask[j],
+                RowMask::Bias(bias) => bias[j] != f32::NEG_INFINITY,
+            }
     }
 }
 

@@ -29,6 +29,19 @@ impl HeadStats {
     }
 }
 
+impl std::ops::Add for HeadStats {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            reachable_blocks: self.reachable_blocks + other.reachable_blocks,
+            qk_blocks: self.qk_blocks + other.qk_blocks,
+            reachable_groups: self.reachable_groups + other.reachable_groups,
+            pv_groups: self.pv_groups + other.pv_groups,
+        }
+    }
+}
+
 fn skipped(done: u64, of: u64) -> f64 {
     if of == 0 { 0.0 } else { 1.0 - done as f64 / of as f64 }
 }
@@ -68,12 +81,7 @@ impl Stats {
     /// The counts of all heads together.
     #[must_use]
     pub fn total(&self) -> HeadStats {
-        self.heads.iter().fold(HeadStats::default(), |a, b| HeadStats {
-            reachable_blocks: a.reachable_blocks + b.reachable_blocks,
-            qk_blocks: a.qk_blocks + b.qk_blocks,
-            reachable_groups: a.reachable_groups + b.reachable_groups,
-            pv_groups: a.pv_groups + b.pv_groups,
-        })
+        self.heads.iter().fold(HeadStats::default(), |a, &b| a + b)
     }
 
     /// [`HeadStats::qk_sparsity`] of all heads.

@@ -22,11 +22,16 @@ fn agrees<T: Element>(case: &Case, config: &SpargeConfig) -> std::result::Result
     let plan = Plan::new(case.shape, &options, config).expect("a valid plan");
     let expected = reference::attend(&plan, &q, &k, &v, out.block_mask.as_ref());
     let (s_max, v_max) = magnitudes(case, &data);
-    close(&out.o, &expected.o, tolerance::<T>(v_max, s_max)).map_err(TestCaseError::fail)?;
+    // int8: half a step of 1/127 on each of q and k (whose mean is taken out) moves a score by at
+    // most this, and a softmax weight by twice that.
+    let rounding = if config.qk == QkPrecision::Int8 { 2.0 * s_max / 127.0 } else { 0.0 };
+    let quantised = (2.0 * v_max).min(v_max * (2.0 * rounding).exp_m1());
+    let tolerance = tolerance::<T>(v_max, s_max) + quantised;
+    close(&out.o, &expected.o, tolerance).map_err(TestCaseError::fail)?;
     let lse = out.lse.expect("asked for");
     for (i, (&got, &expected)) in lse.iter().zip(&expected.lse).enumerate() {
         let same = if expected.is_finite() {
-            (f64::from(got) - expected).abs() < 1e-5 * (1.0 + s_max)
+            (f64::from(got) - expected).abs() < 1e-5 * (1.0 + s_max) + rounding
         } else {
             f64::from(got) == expected
         };
@@ -36,8 +41,6 @@ fn agrees<T: Element>(case: &Case, config: &SpargeConfig) -> std::result::Result
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 160, ..ProptestConfig::default() })]
-
     #[test]
     fn keep_all_equals_dense_reference(case in case()) {
         let config = SpargeConfig { isa: case.isa, ..SpargeConfig::dense() };
@@ -175,7 +178,7 @@ proptest! {
                     let touched = expected.o[row..row + case.shape.head_dim_v].iter().any(|x| !x.is_finite() || x.abs() > 1e30)
                         || value == 3e38
                         // Every score is −∞: the operator calls the row empty, but 0·∞ may stand.
-                        || expected.lse[i / case.shape.head_dim_v].is_infinite();
+                        || expected.lse[lse_index(&case, i)].is_infinite();
                     prop_assert!(touched, "element {i}: {got}, reference {r}");
                 }
             }
@@ -235,6 +238,19 @@ proptest! {
         for b in 0..dims.batch { for h in 0..dims.heads { for t in 0..dims.len {
             prop_assert_eq!(a.row(b, h, t), c.row(b, h, t));
         }}}
+    }
+}
+
+/// Where the LSE of output element `i` lies.
+fn lse_index(case: &Case, i: usize) -> usize {
+    let s = &case.shape;
+    let row = i / s.head_dim_v;
+    match case.layout {
+        Layout::Hnd => row,
+        Layout::Nhd => {
+            let (head, token) = (row % s.num_qo_heads, row / s.num_qo_heads % s.qo_len);
+            (row / s.num_qo_heads / s.qo_len * s.num_qo_heads + head) * s.qo_len + token
+        }
     }
 }
 

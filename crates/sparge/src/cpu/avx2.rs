@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "vector intrinsics and the entry points that enable them")]
 
 use super::dispatch::{Isa, TileKernels};
-use super::kernels::{self, Accumulator, PackedQ, Rows, Running, Scores};
+use super::kernels::{self, Accumulator, PackedQ, PackedQ8, QuantizedRows, Rows, Running, Scores};
 use super::simd::Simd;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -28,6 +28,8 @@ macro_rules! ops {
 impl Simd for Avx2 {
     type Array = [f32; 8];
     type F = __m256;
+    type Bytes = [u8; 32];
+    type I = __m256i;
     const LANES: usize = 8;
 
     #[inline(always)]
@@ -44,6 +46,34 @@ impl Simd for Avx2 {
     fn store(self, x: __m256, to: &mut [f32; 8]) {
         // SAFETY: `self` proves AVX; the array is 32 writable bytes and the store is unaligned.
         unsafe { _mm256_storeu_ps(to.as_mut_ptr(), x) }
+    }
+    #[inline(always)]
+    fn zero_i32(self) -> __m256i {
+        // SAFETY: `self` proves the instruction set; no memory is touched.
+        unsafe { _mm256_setzero_si256() }
+    }
+    #[inline(always)]
+    fn dot4(self, acc: __m256i, q: &[u8; 32], k: [i8; 4]) -> __m256i {
+        // Bytes 0 and 2 of each group, then 1 and 3, as 16-bit products: exact, where the
+        // shorter maddubs would saturate.
+        // SAFETY: `self` proves AVX2; the array is 32 readable bytes and the load is unaligned.
+        unsafe {
+            let q = _mm256_loadu_si256(q.as_ptr().cast());
+            let pair = |a: i8, b: i8| {
+                let a = u32::from(i16::from(a) as u16);
+                let b = u32::from(i16::from(b) as u16);
+                _mm256_set1_epi32((a | b << 16) as i32)
+            };
+            let even = _mm256_and_si256(q, _mm256_set1_epi16(0xff));
+            let odd = _mm256_srli_epi16::<8>(q);
+            let sum = _mm256_add_epi32(acc, _mm256_madd_epi16(even, pair(k[0], k[2])));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(odd, pair(k[1], k[3])))
+        }
+    }
+    #[inline(always)]
+    fn to_f32(self, x: __m256i, offset: i32) -> __m256 {
+        // SAFETY: `self` proves the instruction set; no memory is touched.
+        unsafe { _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(offset))) }
     }
     ops! {
         add(a, b) -> _mm256_add_ps(a, b);
@@ -70,6 +100,11 @@ fn qk(q: &PackedQ, k: &Rows<'_>, s: &mut Scores<'_>) {
 }
 
 #[target_feature(enable = "avx2,fma")]
+fn qk_i8(q: &PackedQ8, k: &QuantizedRows<'_>, shift: &[f32], s: &mut Scores<'_>) {
+    kernels::qk_i8::<_, 2>(Avx2(()), q, k, shift, s);
+}
+
+#[target_feature(enable = "avx2,fma")]
 fn softmax(s: &mut Scores<'_>, running: &mut Running) {
     kernels::softmax(Avx2(()), s, running);
 }
@@ -83,8 +118,9 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     isa: Isa::Avx2,
     lanes: 8,
     panel: 16,
-    // SAFETY (all three): this table is handed out by `dispatch` only where AVX2 and FMA exist.
+    // SAFETY (all four): this table is handed out by `dispatch` only where AVX2 and FMA exist.
     qk: |q, k, s| unsafe { qk(q, k, s) },
+    qk_i8: |q, k, shift, s| unsafe { qk_i8(q, k, shift, s) },
     softmax: |s, running| unsafe { softmax(s, running) },
     pv: |p, alpha, v, rows, o| unsafe { pv(p, alpha, v, rows, o) },
 };

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "vector intrinsics and the entry points that enable them")]
 
 use super::dispatch::{Isa, TileKernels};
-use super::kernels::{self, Accumulator, PackedQ, Rows, Running, Scores};
+use super::kernels::{self, Accumulator, PackedQ, PackedQ8, QuantizedRows, Rows, Running, Scores};
 use super::simd::Simd;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -28,6 +28,8 @@ macro_rules! ops {
 impl Simd for Avx512 {
     type Array = [f32; 16];
     type F = __m512;
+    type Bytes = [u8; 64];
+    type I = __m512i;
     const LANES: usize = 16;
 
     #[inline(always)]
@@ -44,6 +46,26 @@ impl Simd for Avx512 {
     fn store(self, x: __m512, to: &mut [f32; 16]) {
         // SAFETY: `self` proves AVX-512; the array is 64 writable bytes and the store is unaligned.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
+    }
+    #[inline(always)]
+    fn zero_i32(self) -> __m512i {
+        // SAFETY: `self` proves the instruction set; no memory is touched.
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    fn dot4(self, acc: __m512i, q: &[u8; 64], k: [i8; 4]) -> __m512i {
+        // SAFETY: `self` proves AVX-512 VNNI; the array is 64 readable bytes and the load is
+        // unaligned.
+        unsafe {
+            let q = _mm512_loadu_si512(q.as_ptr().cast());
+            let k = _mm512_set1_epi32(i32::from_le_bytes(k.map(|k| k as u8)));
+            _mm512_dpbusd_epi32(acc, q, k)
+        }
+    }
+    #[inline(always)]
+    fn to_f32(self, x: __m512i, offset: i32) -> __m512 {
+        // SAFETY: `self` proves the instruction set; no memory is touched.
+        unsafe { _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(offset))) }
     }
     ops! {
         add(a, b) -> _mm512_add_ps(a, b);
@@ -71,6 +93,11 @@ fn qk(q: &PackedQ, k: &Rows<'_>, s: &mut Scores<'_>) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn qk_i8(q: &PackedQ8, k: &QuantizedRows<'_>, shift: &[f32], s: &mut Scores<'_>) {
+    kernels::qk_i8::<_, 4>(Avx512(()), q, k, shift, s);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn softmax(s: &mut Scores<'_>, running: &mut Running) {
     kernels::softmax(Avx512(()), s, running);
 }
@@ -84,8 +111,9 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     isa: Isa::Avx512,
     lanes: 16,
     panel: 64,
-    // SAFETY (all three): this table is handed out by `dispatch` only where AVX-512 exist.
+    // SAFETY (all four): this table is handed out by `dispatch` only where AVX-512 exist.
     qk: |q, k, s| unsafe { qk(q, k, s) },
+    qk_i8: |q, k, shift, s| unsafe { qk_i8(q, k, shift, s) },
     softmax: |s, running| unsafe { softmax(s, running) },
     pv: |p, alpha, v, rows, o| unsafe { pv(p, alpha, v, rows, o) },
 };

@@ -1,7 +1,9 @@
 //! Which kernels run: the only place that asks the processor what it can do.
 
-use super::kernels::{Accumulator, PackedQ, Rows, Running, Scores};
-use super::{avx2, scalar};
+use super::kernels::{Accumulator, PackedQ, PackedQ8, QuantizedRows, Rows, Running, Scores};
+use super::scalar;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -25,13 +27,17 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => false,
         }
     }
 
@@ -53,12 +59,15 @@ impl Isa {
 /// The tile kernels of one instruction set. Holding a reference is the proof that it exists.
 #[derive(Debug)]
 pub(crate) struct TileKernels {
+    /// Which one this is.
     pub(crate) isa: Isa,
     /// Floats per vector.
     pub(crate) lanes: usize,
     /// Columns of a full query panel.
     pub(crate) panel: usize,
     pub(crate) qk: fn(&PackedQ, &Rows<'_>, &mut Scores<'_>),
+    /// Q (offset to u8), K, what to add to each column, and the scores.
+    pub(crate) qk_i8: fn(&PackedQ8, &QuantizedRows<'_>, &[f32], &mut Scores<'_>),
     pub(crate) softmax: fn(&mut Scores<'_>, &mut Running),
     pub(crate) pv: fn(&Scores<'_>, &[f32], &Rows<'_>, Range<usize>, &mut Accumulator<'_>),
 }
@@ -71,7 +80,11 @@ pub(crate) fn kernels(isa: Option<Isa>) -> Result<&'static TileKernels> {
     }
     Ok(match isa {
         Isa::Scalar => &scalar::KERNELS,
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => &avx2::KERNELS,
-        Isa::Avx512 => &super::avx512::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => &avx512::KERNELS,
+        #[cfg(not(target_arch = "x86_64"))]
+        Isa::Avx2 | Isa::Avx512 => return Err(Error::Isa { isa, needs: isa.needs() }),
     })
 }

@@ -5,6 +5,7 @@ use super::tile::{BlockJob, Qkv, SKIP_ROWS, Worker};
 use crate::geometry::Coverage;
 use crate::mask::BlockMask;
 use crate::plan::{HeadAt, Plan};
+use crate::quant::Quantized;
 use crate::stats::{HeadStats, Stats};
 use crate::tensor::{Dims, Element, Layout};
 use std::ops::Range;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub(crate) fn attend<T: Element>(
     plan: &Plan<'_>,
     x: &Qkv<'_, T>,
+    quantized: Option<&Quantized>,
     mask: Option<&BlockMask>,
     out: &mut [T],
     lse: &mut [f32],
@@ -35,7 +37,7 @@ pub(crate) fn attend<T: Element>(
             let mut slot = slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let Slot { rows, lse, groups } = &mut *slot;
             let lse = (!lse.is_empty()).then_some(&mut **lse);
-            *groups = worker.attend(plan, x, &jobs[i], rows, lse);
+            *groups = worker.attend(plan, x, quantized, &jobs[i], rows, lse);
         }
     };
     let threads = rayon::current_num_threads().min(jobs.len());

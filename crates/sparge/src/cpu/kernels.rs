@@ -16,6 +16,7 @@
 //! leave the load ports slack.
 
 use super::simd::Simd;
+use crate::quant::quantize_row;
 
 /// Query rows that go through the tile kernels together. Two strips make a block: a strip's Sᵀ
 /// (64×64 floats) and V tile stay in a 32 KiB first-level cache.
@@ -56,6 +57,47 @@ impl PackedQ {
     }
 }
 
+/// int8 query rows, offset to unsigned and transposed by groups of four:
+/// `data[panel][d/4][column][d%4]` = q + 128. Every lane of a vector then multiplies the same four
+/// key bytes, the form the unsigned-by-signed dot product instructions have.
+#[derive(Debug, Default)]
+pub(crate) struct PackedQ8 {
+    pub(crate) data: Vec<u8>,
+    /// Rounded up to a multiple of four.
+    pub(crate) dim: usize,
+    pub(crate) panel: usize,
+    /// Per column: what one unit of q·k is worth, the key's own scale apart.
+    pub(crate) scales: Vec<f32>,
+}
+
+impl PackedQ8 {
+    /// Quantises and packs `rows` rows of length `dim`, one scale each.
+    pub(crate) fn pack<'r>(
+        &mut self,
+        rows: usize,
+        dim: usize,
+        panel: usize,
+        scale: f32,
+        row: impl Fn(usize) -> &'r [f32],
+    ) {
+        let width = rows.next_multiple_of(panel);
+        self.dim = dim.next_multiple_of(4);
+        self.panel = panel;
+        self.data.clear();
+        self.data.resize(width * self.dim, 128);
+        self.scales.clear();
+        self.scales.resize(width, 0.0);
+        let mut quantized = vec![0i8; dim];
+        for i in 0..rows {
+            self.scales[i] = quantize_row(&row(i)[..dim], &mut quantized) * scale;
+            let at = i / panel * panel * self.dim + i % panel * 4;
+            for (d, &x) in quantized.iter().enumerate() {
+                self.data[at + d / 4 * panel * 4 + d % 4] = (i16::from(x) + 128) as u8;
+            }
+        }
+    }
+}
+
 /// Rows of a matrix, `stride` elements apart.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rows<'a, T = f32> {
@@ -70,6 +112,16 @@ impl<'a, T> Rows<'a, T> {
     fn row(&self, i: usize) -> &'a [T] {
         &self.data[i * self.stride..][..self.dim]
     }
+}
+
+/// int8 keys of one block, dimensions padded with zeros to a multiple of four.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct QuantizedRows<'a> {
+    pub(crate) rows: Rows<'a, i8>,
+    /// Per key.
+    pub(crate) scales: &'a [f32],
+    /// Per key: the sum of its elements, to take the queries' offset of 128 out again.
+    pub(crate) sums: &'a [i32],
 }
 
 /// Sᵀ, `[key][pitch]`. The pitch is not a power of two, so that a column's keys do not all fall
@@ -187,6 +239,84 @@ fn qk_tile<S: Simd, const MR: usize, const NV: usize>(
         let out: &mut [S::Array] = bytemuck::cast_slice_mut(&mut s.data[at..at + NV * S::LANES]);
         for v in 0..NV {
             simd.store(acc[i][v], &mut out[v]);
+        }
+    }
+}
+
+/// Sᵀ from int8: (q·k)·(scale of q)·(scale of k) + `shift` of q.
+#[inline(always)]
+pub(crate) fn qk_i8<S: Simd, const NV: usize>(
+    simd: S,
+    q: &PackedQ8,
+    k: &QuantizedRows<'_>,
+    shift: &[f32],
+    s: &mut Scores<'_>,
+) {
+    if q.panel == NV * S::LANES {
+        qk_i8_panels::<S, NV>(simd, q, k, shift, s);
+    } else {
+        debug_assert_eq!(q.panel, S::LANES);
+        qk_i8_panels::<S, 1>(simd, q, k, shift, s);
+    }
+}
+
+#[inline(always)]
+fn qk_i8_panels<S: Simd, const NV: usize>(
+    simd: S,
+    q: &PackedQ8,
+    k: &QuantizedRows<'_>,
+    shift: &[f32],
+    s: &mut Scores<'_>,
+) {
+    for (panel, bytes) in q.data.chunks_exact(q.dim * q.panel).enumerate() {
+        let bytes: &[S::Bytes] = bytemuck::cast_slice(bytes);
+        let column = panel * NV * S::LANES;
+        let mut key = 0;
+        while key + 6 <= k.rows.len {
+            qk_i8_tile::<S, 6, NV>(simd, q, bytes, k, key, shift, s, column);
+            key += 6;
+        }
+        while key < k.rows.len {
+            qk_i8_tile::<S, 1, NV>(simd, q, bytes, k, key, shift, s, column);
+            key += 1;
+        }
+    }
+}
+
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "inlined into its one caller")]
+fn qk_i8_tile<S: Simd, const MR: usize, const NV: usize>(
+    simd: S,
+    q: &PackedQ8,
+    bytes: &[S::Bytes],
+    k: &QuantizedRows<'_>,
+    key: usize,
+    shift: &[f32],
+    s: &mut Scores<'_>,
+    column: usize,
+) {
+    let mut acc = [[simd.zero_i32(); NV]; MR];
+    let mut rows: [&[[i8; 4]]; MR] = [&[]; MR];
+    for i in 0..MR {
+        rows[i] = &bytemuck::cast_slice(k.rows.row(key + i))[..bytes.len() / NV];
+    }
+    for (d, bytes) in bytes.chunks_exact(NV).enumerate() {
+        for i in 0..MR {
+            for v in 0..NV {
+                acc[i][v] = simd.dot4(acc[i][v], &bytes[v], rows[i][d]);
+            }
+        }
+    }
+    for v in 0..NV {
+        let columns = column + v * S::LANES..column + (v + 1) * S::LANES;
+        let scale = simd.load(one(&q.scales[columns.clone()]));
+        let shift = simd.load(one(&shift[columns.clone()]));
+        for i in 0..MR {
+            let dot = simd.to_f32(acc[i][v], 128 * k.sums[key + i]);
+            let scaled = simd.mul(dot, simd.splat(k.scales[key + i]));
+            let at = (key + i) * s.pitch;
+            let out = &mut s.data[at + columns.start..at + columns.end];
+            simd.store(simd.fma(scaled, scale, shift), one_mut(out));
         }
     }
 }

@@ -1,6 +1,8 @@
 //! The CPU backend: the driver that walks the blocks, and tile kernels per instruction set.
 
+#[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod dispatch;
 mod driver;
@@ -12,5 +14,5 @@ mod tile;
 pub use dispatch::Isa;
 pub(crate) use dispatch::{TileKernels, kernels};
 pub(crate) use driver::attend;
-pub(crate) use kernels::{PackedQ, Rows, Running, Scores};
+pub(crate) use kernels::{PackedQ, QuantizedRows, Rows, Running, Scores};
 pub(crate) use tile::Qkv;

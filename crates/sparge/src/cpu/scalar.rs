@@ -18,6 +18,8 @@ macro_rules! lanewise {
 impl Simd for Scalar {
     type Array = [f32; LANES];
     type F = [f32; LANES];
+    type Bytes = [u8; 4 * LANES];
+    type I = [i32; LANES];
     const LANES: usize = LANES;
 
     #[inline(always)]
@@ -73,6 +75,20 @@ impl Simd for Scalar {
     fn zero_below(self, x: Self::F, of: Self::F, limit: Self::F) -> Self::F {
         lanewise!(x, of, limit; |x, of, limit| if of < limit { 0.0 } else { x })
     }
+    #[inline(always)]
+    fn zero_i32(self) -> Self::I {
+        [0; LANES]
+    }
+    #[inline(always)]
+    fn dot4(self, acc: Self::I, q: &Self::Bytes, k: [i8; 4]) -> Self::I {
+        std::array::from_fn(|lane| {
+            (0..4).fold(acc[lane], |sum, i| sum + i32::from(q[4 * lane + i]) * i32::from(k[i]))
+        })
+    }
+    #[inline(always)]
+    fn to_f32(self, x: Self::I, offset: i32) -> Self::F {
+        lanewise!(x; |x| (x - offset) as f32)
+    }
 }
 
 pub(super) static KERNELS: TileKernels = TileKernels {
@@ -80,6 +96,7 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     lanes: LANES,
     panel: 2 * LANES,
     qk: |q, k, s| kernels::qk::<_, 2>(Scalar, q, k, s),
+    qk_i8: |q, k, shift, s| kernels::qk_i8::<_, 2>(Scalar, q, k, shift, s),
     softmax: |s, running| kernels::softmax(Scalar, s, running),
     pv: |p, alpha, v, rows, o| kernels::pv::<_, 2>(Scalar, p, alpha, v, rows, o),
 };

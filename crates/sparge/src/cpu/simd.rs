@@ -10,6 +10,10 @@ pub(crate) trait Simd: Copy {
     type Array: bytemuck::Pod;
     /// `LANES` floats in a register.
     type F: Copy;
+    /// `LANES` groups of four bytes in memory.
+    type Bytes: bytemuck::Pod;
+    /// `LANES` 32-bit integers in a register.
+    type I: Copy;
     const LANES: usize;
 
     fn splat(self, x: f32) -> Self::F;
@@ -30,6 +34,13 @@ pub(crate) trait Simd: Copy {
     fn scale(self, x: Self::F, n: Self::F) -> Self::F;
     /// `x` where `of` is not below `limit` (or is NaN), else 0.
     fn zero_below(self, x: Self::F, of: Self::F, limit: Self::F) -> Self::F;
+
+    /// `LANES` zeros.
+    fn zero_i32(self) -> Self::I;
+    /// acc + Σ q[4·lane + i]·k[i] per lane, exact.
+    fn dot4(self, acc: Self::I, q: &Self::Bytes, k: [i8; 4]) -> Self::I;
+    /// The integers minus `offset`, as floats.
+    fn to_f32(self, x: Self::I, offset: i32) -> Self::F;
 
     /// 2ˣ for x ≤ 0, relative error below 2e-7; exactly 1 at 0, exactly 0 below −126 (masked
     /// scores are −∞ and must leave no trace), NaN for NaN.

@@ -1,9 +1,12 @@
 //! One query block against its key blocks: the online softmax, strip by strip.
 
-use super::kernels::{Accumulator, PackedQ, Rows, Running, STRIP, Scores};
-use crate::config::ElementMask;
+use super::kernels::{
+    Accumulator, PackedQ, PackedQ8, QuantizedRows, Rows, Running, STRIP, Scores,
+};
+use crate::config::QkPrecision;
 use crate::geometry::{BLOCK_KV, BLOCK_Q, Coverage, Sequence};
-use crate::plan::{HeadAt, Plan};
+use crate::plan::{HeadAt, Plan, RowMask};
+use crate::quant::Quantized;
 use crate::tensor::{Element, TensorView};
 use std::ops::Range;
 
@@ -32,6 +35,7 @@ pub(crate) struct BlockJob {
 pub(crate) struct Worker {
     strips: [Strip; BLOCK_Q / STRIP],
     scores: Vec<f32>,
+    shift: Vec<f32>,
     stage: Stage,
 }
 
@@ -40,6 +44,7 @@ pub(crate) struct Worker {
 struct Strip {
     rows: Range<usize>,
     q: PackedQ,
+    q8: PackedQ8,
     running: Running,
     o: Vec<f32>,
 }
@@ -59,6 +64,7 @@ impl Worker {
         &mut self,
         plan: &Plan<'_>,
         x: &Qkv<'_, T>,
+        quantized: Option<&Quantized>,
         job: &BlockJob,
         out: &mut [&mut [T]],
         mut lse: Option<&mut [f32]>,
@@ -76,12 +82,14 @@ impl Worker {
         for &block in &job.kv_blocks {
             let keys = seq.kv_block(block);
             let (k, v) = self.stage.tiles(plan, x, job.at, &seq, &keys, pitch);
+            let k8 = quantized
+                .and_then(|z| z.block(job.at.sequence, plan.shape.kv_head(job.at.head), block));
             for strip in &mut self.strips[..strips] {
                 // The block is reachable; a strip of it may not be, or may be whole.
                 let coverage = plan.tile_coverage(job.at, &strip.rows, &keys);
                 if coverage != Coverage::Empty {
-                    let tile = Tile { at: job.at, keys: keys.clone(), coverage, k, v, pitch };
-                    groups += strip.step(plan, &tile, &mut self.scores);
+                    let tile = Tile { at: job.at, keys: keys.clone(), coverage, k, k8, v, pitch };
+                    groups += strip.step(plan, &tile, &mut self.scores, &mut self.shift);
                 }
             }
         }
@@ -100,6 +108,8 @@ struct Tile<'a> {
     keys: Range<usize>,
     coverage: Coverage,
     k: Rows<'a>,
+    /// The same keys in int8, and their mean, where they were quantised.
+    k8: Option<(QuantizedRows<'a>, Rows<'a>)>,
     v: Rows<'a>,
     pitch: usize,
 }
@@ -127,6 +137,9 @@ impl Strip {
         // Scores come out in log2 units: softmax is 2^(s·log2 e) then.
         let scale = (plan.softmax_scale * std::f64::consts::LOG2_E) as f32;
         self.q.pack(rows.len(), dim, panel, scale, |i| &staged[i * dim..]);
+        if plan.qk == QkPrecision::Int8 {
+            self.q8.pack(rows.len(), dim, panel, scale, |i| &staged[i * dim..]);
+        }
         self.running.reset(self.q.width);
         self.o.clear();
         self.o.resize(rows.len() * pitch, 0.0);
@@ -134,13 +147,28 @@ impl Strip {
     }
 
     /// One key block; returns the 16-row groups whose P·V was computed.
-    fn step(&mut self, plan: &Plan<'_>, tile: &Tile<'_>, scores: &mut Vec<f32>) -> u64 {
+    fn step(
+        &mut self,
+        plan: &Plan<'_>,
+        tile: &Tile<'_>,
+        scores: &mut Vec<f32>,
+        shift: &mut Vec<f32>,
+    ) -> u64 {
         let kernels = plan.kernels;
         let pitch = Scores::pitch(self.q.width);
         scores.resize(BLOCK_KV * Scores::pitch(STRIP.max(self.q.width)), 0.0);
         let mut s =
             Scores { data: scores, pitch, keys: tile.keys.len(), width: self.q.width };
-        (kernels.qk)(&self.q, &tile.k, &mut s);
+        match &tile.k8 {
+            // A cut tile stays in f32: a row must not feel the scale of keys it cannot see.
+            Some((k8, mean)) if tile.coverage == Coverage::Full => {
+                shift.resize(pitch, 0.0);
+                let mut row = Scores { data: shift, pitch, keys: 1, width: self.q.width };
+                (kernels.qk)(&self.q, mean, &mut row);
+                (kernels.qk_i8)(&self.q8, k8, shift, &mut s);
+            }
+            _ => (kernels.qk)(&self.q, &tile.k, &mut s),
+        }
         if tile.coverage == Coverage::Partial {
             apply_mask(plan, tile, &self.rows, &mut s);
         }
@@ -189,8 +217,9 @@ impl Strip {
         (plan.kernels.pv)(p, alpha, &v, rows.clone(), &mut o);
         for i in rows {
             let o = &mut o.data[i * o.pitch..][..dim];
+            let sees = plan.row(tile.at, self.rows.start + i);
             for (key, j) in tile.keys.clone().enumerate() {
-                if plan.sees(tile.at, self.rows.start + i, j) {
+                if sees.sees(j) {
                     let p = p.data[key * p.pitch + i];
                     for (o, &v) in o.iter_mut().zip(row(key)).filter(|(_, v)| !v.is_finite()) {
                         *o += p * v;
@@ -274,14 +303,14 @@ impl Stage {
 
 /// Sets what a row may not see to −∞ and adds the bias, in log2 units.
 fn apply_mask(plan: &Plan<'_>, tile: &Tile<'_>, rows: &Range<usize>, s: &mut Scores<'_>) {
-    let at = tile.at;
     for (column, i) in rows.clone().enumerate() {
+        let row = plan.row(tile.at, i);
         for (key, j) in tile.keys.clone().enumerate() {
             let s = &mut s.data[key * s.pitch + column];
-            if !plan.sees(at, i, j) {
+            if !row.sees(j) {
                 *s = f32::NEG_INFINITY;
-            } else if let Some(ElementMask::Additive(_)) = plan.element_mask {
-                *s += plan.bias(at, i, j) * std::f32::consts::LOG2_E;
+            } else if let RowMask::Bias(bias) = row.mask {
+                *s += bias[j] * std::f32::consts::LOG2_E;
             }
         }
     }

@@ -5,4 +5,4 @@ mod visibility;
 
 pub use shape::{AttentionShape, BLOCK_KV, BLOCK_Q};
 pub(crate) use shape::{Sequence, top_k_count};
-pub(crate) use visibility::{Coverage, Visibility};
+pub(crate) use visibility::{Coverage, RowKeys, Visibility};

@@ -26,6 +26,20 @@ pub(crate) enum Coverage {
     Full,
 }
 
+/// The keys one row sees: those before `hi` that are before `sink` or from `lo` on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RowKeys {
+    sink: usize,
+    lo: usize,
+    hi: usize,
+}
+
+impl RowKeys {
+    pub(crate) fn sees(&self, j: usize) -> bool {
+        j < self.hi && (j >= self.lo || j < self.sink)
+    }
+}
+
 impl Visibility {
     pub(crate) fn new(options: &AttentionOptions<'_>, sequence: &Sequence) -> Self {
         let window = options.window.unwrap_or_default();
@@ -64,9 +78,9 @@ impl Visibility {
         }
     }
 
-    /// Whether row `i` sees key `j`.
-    pub(crate) fn sees(&self, i: usize, j: usize) -> bool {
-        j < self.hi(i) && (j >= self.lo(i) || j < self.sink)
+    /// The keys row `i` sees.
+    pub(crate) fn row(&self, i: usize) -> RowKeys {
+        RowKeys { sink: self.sink, lo: self.lo(i), hi: self.hi(i) }
     }
 
     /// How much of `rows` × `keys` is visible. `keys` does not cross the end of the sinks.
@@ -144,7 +158,7 @@ mod tests {
                                 let seen = rows
                                     .clone()
                                     .flat_map(|i| keys.clone().map(move |j| (i, j)))
-                                    .filter(|&(i, j)| vis.sees(i, j))
+                                    .filter(|&(i, j)| vis.row(i).sees(j))
                                     .count();
                                 let expected = match seen {
                                     0 => Coverage::Empty,

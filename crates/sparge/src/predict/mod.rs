@@ -4,9 +4,8 @@ mod pool;
 mod score;
 mod select;
 
-use crate::error::Result;
-use crate::geometry::AttentionShape;
-use crate::geometry::Coverage;
+use crate::error::{Error, Result};
+use crate::geometry::{AttentionShape, Coverage};
 use crate::mask::BlockMask;
 use crate::plan::{Budget, HeadAt, Plan};
 use crate::tensor::{Element, TensorView};
@@ -25,8 +24,7 @@ pub fn predict<T: Element>(
     q: &TensorView<'_, T>,
     k: &TensorView<'_, T>,
 ) -> Result<BlockMask> {
-    let v_dim = plan.shape.head_dim_v;
-    plan.check_shape(&AttentionShape { head_dim_v: v_dim, ..AttentionShape::of(q, k, k)? })?;
+    check_shape(plan, q, k)?;
     let mut mask = BlockMask::empty(plan.mask_shape())?;
     let [_, num_qo_heads, q_blocks, _] = plan.mask_shape();
 
@@ -60,6 +58,65 @@ pub fn predict<T: Element>(
         }
     });
     Ok(mask)
+}
+
+/// The map stage 1 selects from, for one head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BlockMasses {
+    /// ⌈qo_len/128⌉.
+    pub q_blocks: usize,
+    /// ⌈kv_len/64⌉.
+    pub kv_blocks: usize,
+    /// `[q_blocks, kv_blocks]`: P̂, the predicted share of each key block in its row's attention;
+    /// each row with any scored block sums to 1. NaN where a block is not scored: unreachable,
+    /// judged not self-similar, or past what the whole row may see.
+    pub values: Vec<f32>,
+}
+
+/// The predicted block masses of one query head of one sequence (the batch entry, unless packed),
+/// whatever its selection.
+///
+/// # Errors
+/// [`crate::Error::Mismatch`] where q and k are not of the plan's shape,
+/// [`crate::Error::Dimension`] where there is no such sequence or head.
+pub fn block_masses<T: Element>(
+    plan: &Plan<'_>,
+    q: &TensorView<'_, T>,
+    k: &TensorView<'_, T>,
+    sequence: usize,
+    head: usize,
+) -> Result<BlockMasses> {
+    check_shape(plan, q, k)?;
+    let expected = "one of the call's";
+    for (name, got, count) in
+        [("sequence", sequence, plan.sequences.len()), ("head", head, plan.heads.len())]
+    {
+        if got >= count {
+            return Err(Error::Dimension { name, got, expected });
+        }
+    }
+    let seq = plan.sequences[sequence];
+    let keys = PooledKeys::new(plan, k, sequence, plan.shape.kv_head(head));
+    let (q_blocks, kv_blocks) = (seq.q_blocks(), seq.kv_blocks());
+    let mut values = vec![f32::NAN; q_blocks * kv_blocks];
+    values.par_chunks_mut(kv_blocks.max(1)).enumerate().for_each_init(
+        Scorer::default,
+        |scorer, (q_block, out)| {
+            let row = scorer.row(plan, q, HeadAt { sequence, head }, q_block, &keys);
+            row.masses.iter().for_each(|&(j, mass)| out[j] = mass);
+        },
+    );
+    Ok(BlockMasses { q_blocks, kv_blocks, values })
+}
+
+/// Refuses q and k that are not of the plan's shape.
+fn check_shape<T: Element>(
+    plan: &Plan<'_>,
+    q: &TensorView<'_, T>,
+    k: &TensorView<'_, T>,
+) -> Result<()> {
+    let head_dim_v = plan.shape.head_dim_v;
+    plan.check_shape(&AttentionShape { head_dim_v, ..AttentionShape::of(q, k, k)? })
 }
 
 impl Plan<'_> {

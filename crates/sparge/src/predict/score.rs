@@ -36,6 +36,7 @@ impl Scorer {
         self.out.reachable.clear();
         self.out.reachable.extend(plan.reachable(at, q_block));
         self.out.forced.clear();
+        self.out.dissimilar.clear();
         self.out.masses.clear();
         self.out.undecidable = false;
         if self.out.reachable.is_empty() {
@@ -56,8 +57,10 @@ impl Scorer {
         let mut scored = Vec::with_capacity(self.out.reachable.len());
         for &j in &self.out.reachable {
             let similar = keys.is_finite[j] && (theta == 0.0 || keys.similarity[j] > theta);
-            if !similar || plan.is_forced(at, &rows, j) {
+            if plan.is_forced(at, &rows, j) {
                 self.out.forced.push(j);
+            } else if !similar {
+                self.out.dissimilar.push(j);
             }
             if similar && !plan.is_frontier(at, &rows, j) {
                 scored.push(j);

@@ -79,8 +79,7 @@ fn predict_row(
         return Row { kept: reachable, margin: f64::INFINITY };
     }
     let forced = |j: usize| {
-        !judged.kv_similar[j]
-            || if rules.keep_diagonal { plan.is_forced(at, &rows, j) } else { j < plan.keep_first }
+        if rules.keep_diagonal { plan.is_forced(at, &rows, j) } else { j < plan.keep_first }
     };
     let scored: Vec<usize> = reachable
         .iter()
@@ -93,15 +92,19 @@ fn predict_row(
         return Row { kept: reachable, margin: f64::INFINITY };
     };
 
-    let mut order: Vec<usize> = (0..scored.len()).collect();
+    let counted = |j: &usize| rules.forced_first && forced(*j);
+    let mut order: Vec<usize> = (0..scored.len()).filter(|&i| !counted(&scored[i])).collect();
     order.sort_by(|&a, &b| masses[b].total_cmp(&masses[a]).then(a.cmp(&b)));
     let of = match rules.top_k_of {
         TopKOf::Reachable => reachable.len(),
         TopKOf::All => seq.kv_blocks(),
     };
-    let by_count = if top_k > 0.0 { top_k_count(top_k, of).min(order.len()) } else { 0 };
+    let already = reachable.iter().filter(|j| counted(j)).count();
+    let at_least = if top_k > 0.0 { top_k_count(top_k, of) } else { 1 };
+    let by_count = at_least.saturating_sub(already).min(order.len());
     let mut by_mass = 0;
-    let mut sum = 0.0;
+    let mut sum: f64 =
+        (0..scored.len()).filter(|&i| counted(&scored[i])).map(|i| masses[i]).sum();
     let mut margin = f64::INFINITY;
     if cdf > 0.0 {
         while by_mass < order.len() && sum < cdf {
@@ -114,7 +117,7 @@ fn predict_row(
             by_mass -= 1;
         }
     }
-    let count = by_count.max(by_mass).max(1).min(order.len());
+    let count = by_count.max(by_mass);
     if by_count > by_mass {
         margin = f64::INFINITY;
     }
@@ -122,7 +125,10 @@ fn predict_row(
         margin = margin.min(masses[order[count - 1]] - masses[order[count]]);
     }
     let chosen: Vec<usize> = order[..count].iter().map(|&i| scored[i]).collect();
-    let kept = reachable.into_iter().filter(|&j| forced(j) || chosen.contains(&j)).collect();
+    let kept = reachable
+        .into_iter()
+        .filter(|&j| forced(j) || !judged.kv_similar[j] || chosen.contains(&j))
+        .collect();
     Row { kept, margin }
 }
 

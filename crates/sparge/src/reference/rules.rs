@@ -36,6 +36,8 @@ pub struct Rules {
     /// The diagonal blocks of a causal row are kept and, where they reach past the row's view, not
     /// scored.
     pub keep_diagonal: bool,
+    /// The forced blocks count towards τ and the top-k share; otherwise they are added to it.
+    pub forced_first: bool,
     /// `TopCdf` includes the block whose mass makes the sum reach τ.
     pub include_crossing: bool,
     /// What `TopK`'s fraction is taken of.
@@ -59,6 +61,7 @@ impl Rules {
         scale_in_prediction: true,
         tail_by_count: true,
         keep_diagonal: true,
+        forced_first: true,
         include_crossing: true,
         top_k_of: TopKOf::Reachable,
         causal_in_kernel: true,
@@ -73,6 +76,7 @@ impl Rules {
         prefix_mean: false,
         tail_by_count: false,
         keep_diagonal: false,
+        forced_first: false,
         ..Self::OURS
     };
 
@@ -84,6 +88,7 @@ impl Rules {
         scale_in_prediction: false,
         tail_by_count: false,
         keep_diagonal: false,
+        forced_first: false,
         include_crossing: false,
         top_k_of: TopKOf::All,
         causal_in_kernel: false,

@@ -23,6 +23,7 @@ pub struct Case {
     pub theta: f64,
     pub pooling: Pooling,
     pub isa: Option<Isa>,
+    pub qk: QkPrecision,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -116,13 +117,14 @@ pub fn case() -> impl Strategy<Value = Case> {
             prop_oneof![2 => Just(0.0f64), 1 => 0.0f64..0.9],
             pooling,
             isa,
+            prop_oneof![3 => Just(QkPrecision::F32), 1 => Just(QkPrecision::Int8)],
         ),
     )
         .prop_map(
             |(
                 (seed, mut shape, layout, gap),
                 (scale, causal, mut window, sink_blocks, masks, ragged),
-                (softmax_scale, selection, theta, pooling, isa),
+                (softmax_scale, selection, theta, pooling, isa, qk),
             )| {
                 if ragged == Ragged::Packed {
                     shape.batch = 1;
@@ -146,6 +148,7 @@ pub fn case() -> impl Strategy<Value = Case> {
                     theta,
                     pooling,
                     isa,
+                    qk,
                 }
             },
         )
@@ -159,6 +162,7 @@ impl Case {
             lambda: f64::INFINITY.into(),
             pooling: self.pooling,
             isa: self.isa,
+            qk: self.qk,
             ..SpargeConfig::default()
         }
     }
