@@ -254,16 +254,15 @@ template <int D, class T, int STAGES> struct Consumer {
 
     /// The largest scaled score of row r among this lane's.
     __device__ __forceinline__ float row_top(const Scores &scores, int r, const float (&c)[2]) {
-        float m[2][2];  // four chains: the latency of one would show
+        float m[2];
 #pragma unroll
-        for (int h = 0; h < 2; h++)
+        for (int h = 0; h < 2; h++) {
+            m[h] = as_float(scores[32 * h + 2 * r]);
 #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                const float x = as_float(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]);
-                m[h][i % 2] = i < 2 ? x : fmaxf(m[h][i % 2], x);
-            }
-        return fmaxf((fmaxf(m[0][0], m[0][1]) - MAGIC) * c[0],
-                     (fmaxf(m[1][0], m[1][1]) - MAGIC) * c[1]);
+            for (int i = 1; i < 16; i++)
+                m[h] = fmaxf(m[h], as_float(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]));
+        }
+        return fmaxf((m[0] - MAGIC) * c[0], (m[1] - MAGIC) * c[1]);
     }
 
     /// scores = 448·exp2(scaled scores − new maximum) of row r, as floats; alpha is what the sums

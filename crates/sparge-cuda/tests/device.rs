@@ -1,6 +1,11 @@
 //! Parity with the f64 reference and the CPU's selection, on a GPU. Skipped where there is none
 //! (`SPARGE_REQUIRE_GPU=1` makes that a failure).
 #![expect(unsafe_code, reason = "launches on raw device addresses")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "errors and skips are worth reading"
+)]
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use half::bf16;

@@ -173,5 +173,5 @@ fn load_from(dir: &Path) -> bool {
     let mut found = children(dir, "libnvrtc.so");
     found.sort_unstable_by_key(|path| path.as_os_str().len());
     // The shortest name is the link that stands for the library.
-    found.iter().fold(false, |any, file| keep(file) || any)
+    found.iter().filter(|file| keep(file)).count() > 0
 }

@@ -130,7 +130,7 @@ impl Attention {
 
     /// The arguments of a call, with the context current.
     fn arguments(&self, workspace: u64) -> Result<Args> {
-        if workspace == 0 || workspace % 256 != 0 {
+        if workspace == 0 || !workspace.is_multiple_of(256) {
             return Err(Error::Tensor {
                 tensor: "workspace",
                 problem: format!("its address {workspace:#x} is not a multiple of 256"),
@@ -174,7 +174,7 @@ fn check_output(output: &Output) -> Result<()> {
 /// Kernels read and write 16 bytes at a time.
 fn check(name: &'static str, tensor: &Tensor) -> Result<()> {
     let fail = |problem| Err(Error::Tensor { tensor: name, problem });
-    if tensor.address == 0 || tensor.address % 16 != 0 {
+    if tensor.address == 0 || !tensor.address.is_multiple_of(16) {
         return fail(format!("its address {:#x} is not a multiple of 16", tensor.address));
     }
     let s = tensor.strides;
