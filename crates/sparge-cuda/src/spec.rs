@@ -64,8 +64,9 @@ macro_rules! source {
 }
 
 /// What the sources include.
-pub(crate) const HEADERS: [Source; 4] = [
+pub(crate) const HEADERS: [Source; 5] = [
     source!("sparge/types.cuh"),
+    source!("sparge/tiles.cuh"),
     source!("sparge/ptx/math.cuh"),
     source!("sparge/ptx/mbarrier.cuh"),
     source!("sparge/ptx/wgmma.cuh"),
