@@ -21,6 +21,6 @@ mod tokenizer;
 
 pub use error::{Error, Result};
 pub use quant::Format;
-pub use sparge_attention::SpargeAttention;
 pub use sample::{GenerateOptions, Generated, Sampler, generate};
+pub use sparge_attention::SpargeAttention;
 pub use tokenizer::{Message, Tokenizer};

@@ -114,7 +114,9 @@ impl Mask {
 
     fn view(&self) -> sparge::Result<ElementMask<'_>> {
         Ok(match self {
-            Self::Bool(x, d) => ElementMask::Bool(TensorView::contiguous(x, *d, sparge::Layout::Hnd)?),
+            Self::Bool(x, d) => {
+                ElementMask::Bool(TensorView::contiguous(x, *d, sparge::Layout::Hnd)?)
+            }
             Self::Additive(x, d) => {
                 ElementMask::Additive(TensorView::contiguous(x, *d, sparge::Layout::Hnd)?)
             }
@@ -195,14 +197,12 @@ fn view<'a, T: Element>(
         bail!("{name}'s last dimension has stride {sd}, expected 1; call contiguous() on it");
     }
     let (dims, strides) = match order {
-        sparge::Layout::Hnd => (
-            Dims { batch: b, heads: x, len: y, dim },
-            Strides { batch: sb, head: sx, token: sy },
-        ),
-        sparge::Layout::Nhd => (
-            Dims { batch: b, heads: y, len: x, dim },
-            Strides { batch: sb, head: sy, token: sx },
-        ),
+        sparge::Layout::Hnd => {
+            (Dims { batch: b, heads: x, len: y, dim }, Strides { batch: sb, head: sx, token: sy })
+        }
+        sparge::Layout::Nhd => {
+            (Dims { batch: b, heads: y, len: x, dim }, Strides { batch: sb, head: sy, token: sx })
+        }
     };
     TensorView::strided(&data[layout.start_offset()..], dims, strides).map_err(wrap)
 }

@@ -105,5 +105,9 @@ impl Attention for SpargeAttention {
 
 fn view<'a>(x: &HeadsView<'a>) -> sparge::Result<TensorView<'a, f32>> {
     let ([heads, len, dim], [head, token]) = (x.shape(), x.strides());
-    TensorView::strided(x.data(), Dims { batch: 1, heads, len, dim }, Strides { batch: 0, head, token })
+    TensorView::strided(
+        x.data(),
+        Dims { batch: 1, heads, len, dim },
+        Strides { batch: 0, head, token },
+    )
 }

@@ -30,7 +30,13 @@ fn equals_candle_on_every_type_and_on_views() -> Result<()> {
     let expected = plain(&q.contiguous()?, &k, &v, &zero)?;
     for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
         let cast = |x: &Tensor| x.to_dtype(dtype);
-        let o = attention(&cast(&q)?, &cast(&k)?, &cast(&v)?, &Options::default(), &SpargeConfig::dense())?;
+        let o = attention(
+            &cast(&q)?,
+            &cast(&k)?,
+            &cast(&v)?,
+            &Options::default(),
+            &SpargeConfig::dense(),
+        )?;
         assert_eq!((o.dtype(), o.dims()), (dtype, &[2, 4, 150, 24][..]));
         let difference = largest_difference(&o, &expected)?;
         assert!(difference < tolerance, "{dtype:?}: {difference}");
@@ -44,9 +50,8 @@ fn equals_candle_on_every_type_and_on_views() -> Result<()> {
 #[test]
 fn masks_layouts_and_lengths() -> Result<()> {
     let (q, k, v) = (randn((1, 2, 90, 16))?, randn((1, 2, 90, 16))?, randn((1, 2, 90, 16))?);
-    let causal: Vec<f32> = (0..90 * 90)
-        .map(|i| if i % 90 <= i / 90 { 0.0 } else { f32::NEG_INFINITY })
-        .collect();
+    let causal: Vec<f32> =
+        (0..90 * 90).map(|i| if i % 90 <= i / 90 { 0.0 } else { f32::NEG_INFINITY }).collect();
     let bias = Tensor::from_vec(causal, (1, 1, 90, 90), &Device::Cpu)?;
     let expected = plain(&q, &k, &v, &bias)?;
     let dense = SpargeConfig::dense();
@@ -54,13 +59,18 @@ fn masks_layouts_and_lengths() -> Result<()> {
     let by_mask = Options { attn_mask: Some(bias.clone()), ..Options::default() };
     let visible = bias.ge(0f32)?;
     let by_bool = Options { attn_mask: Some(visible), ..Options::default() };
-    let by_window = Options { window: Some(Window { left: None, right: Some(0) }), ..Options::default() };
+    let by_window =
+        Options { window: Some(Window { left: None, right: Some(0) }), ..Options::default() };
     for options in [by_flag, by_mask, by_bool, by_window] {
         assert!(largest_difference(&attention(&q, &k, &v, &options, &dense)?, &expected)? < 1e-5);
     }
 
     let nhd = |x: &Tensor| x.transpose(1, 2);
-    let options = Options { layout: sparge::Layout::Nhd, causal: Some(Alignment::TopLeft), ..Options::default() };
+    let options = Options {
+        layout: sparge::Layout::Nhd,
+        causal: Some(Alignment::TopLeft),
+        ..Options::default()
+    };
     let o = attention(&nhd(&q)?, &nhd(&k)?, &nhd(&v)?, &options, &dense)?;
     assert!(largest_difference(&o.transpose(1, 2)?, &expected)? < 1e-5);
 
@@ -82,11 +92,20 @@ fn sparse_reports_what_it_skipped_and_errors_are_clear() -> Result<()> {
     let half = q.to_dtype(DType::F16)?;
     assert!(error(attention(&q, &half, &q, &Options::default(), &config)).contains("to_dtype"));
     let double = q.to_dtype(DType::F64)?;
-    assert!(error(attention(&double, &double, &double, &Options::default(), &config)).contains("F32, F16 or BF16"));
+    assert!(
+        error(attention(&double, &double, &double, &Options::default(), &config))
+            .contains("F32, F16 or BF16")
+    );
     let swapped = q.transpose(2, 3)?;
-    assert!(error(attention(&swapped, &swapped, &swapped, &Options::default(), &config)).contains("contiguous"));
+    assert!(
+        error(attention(&swapped, &swapped, &swapped, &Options::default(), &config))
+            .contains("contiguous")
+    );
     let three = q.squeeze(0)?;
-    assert!(error(attention(&three, &three, &three, &Options::default(), &config)).contains("4 dimensions"));
+    assert!(
+        error(attention(&three, &three, &three, &Options::default(), &config))
+            .contains("4 dimensions")
+    );
     let mask = Options { attn_mask: Some(double.narrow(3, 0, 1)?), ..Options::default() };
     assert!(error(attention(&q, &q, &q, &mask, &config)).contains("attn_mask"));
     Ok(())

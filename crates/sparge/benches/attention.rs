@@ -18,7 +18,13 @@ struct Shape {
 }
 
 const SHAPES: [Shape; 2] = [
-    Shape { name: "9x8192x64 causal", heads: 9, len: 8192, dim: 64, causal: Some(Alignment::TopLeft) },
+    Shape {
+        name: "9x8192x64 causal",
+        heads: 9,
+        len: 8192,
+        dim: 64,
+        causal: Some(Alignment::TopLeft),
+    },
     Shape { name: "8x4096x128", heads: 8, len: 4096, dim: 128, causal: None },
 ];
 

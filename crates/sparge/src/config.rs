@@ -166,11 +166,7 @@ impl SpargeConfig {
     /// Exact dense attention: every reachable block, no stage 2, f32.
     #[must_use]
     pub fn dense() -> Self {
-        Self {
-            selection: Selection::All.into(),
-            lambda: f64::INFINITY.into(),
-            ..Self::default()
-        }
+        Self { selection: Selection::All.into(), lambda: f64::INFINITY.into(), ..Self::default() }
     }
 
     /// Exactly the blocks `selection` picks with the paper's pooling, stage 2 off: the setting

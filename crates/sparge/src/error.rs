@@ -87,7 +87,9 @@ pub enum Error {
         reason: String,
     },
     /// A mask whose shape does not fit the call.
-    #[error("{name} has shape {got:?}, expected {expected:?} (a 1 in the first two dimensions broadcasts)")]
+    #[error(
+        "{name} has shape {got:?}, expected {expected:?} (a 1 in the first two dimensions broadcasts)"
+    )]
     MaskShape {
         /// Which mask.
         name: &'static str,
@@ -107,7 +109,9 @@ pub enum Error {
         remedy: &'static str,
     },
     /// The instruction set asked for does not exist on this processor.
-    #[error("this processor has no {isa:?} ({needs}); leave `isa` unset to use the best one available")]
+    #[error(
+        "this processor has no {isa:?} ({needs}); leave `isa` unset to use the best one available"
+    )]
     Isa {
         /// What was asked for.
         isa: Isa,

@@ -34,7 +34,8 @@ pub fn compare(
         a2 += a * a;
         b2 += b * b;
         d2 += d * d;
-        max_abs = if d.is_nan() { d } else { max_abs.max(d) };
+        // A NaN anywhere stays.
+        max_abs = if d.is_nan() || max_abs.is_nan() { f64::NAN } else { max_abs.max(d) };
         n += 1;
     }
     let ratio = |x: f64, y: f64, empty: f64| if x == 0.0 && y == 0.0 { empty } else { x / y };

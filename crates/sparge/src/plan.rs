@@ -119,29 +119,31 @@ impl<'a> Plan<'a> {
     #[must_use]
     pub fn mask_shape(&self) -> [usize; 4] {
         let [q, kv] = self.extent;
-        [
-            self.sequences.len(),
-            self.shape.num_qo_heads,
-            q.div_ceil(BLOCK_Q),
-            kv.div_ceil(BLOCK_KV),
-        ]
+        [self.sequences.len(), self.shape.num_qo_heads, q.div_ceil(BLOCK_Q), kv.div_ceil(BLOCK_KV)]
     }
 
     /// Refuses tensors of another shape than the plan was made for.
     pub(crate) fn check_shape(&self, got: &AttentionShape) -> Result<()> {
-        let fields: [(&'static str, fn(&AttentionShape) -> usize); 7] = [
-            ("batch", |s| s.batch),
-            ("num_qo_heads", |s| s.num_qo_heads),
-            ("num_kv_heads", |s| s.num_kv_heads),
-            ("qo_len", |s| s.qo_len),
-            ("kv_len", |s| s.kv_len),
-            ("head_dim", |s| s.head_dim),
-            ("head_dim of v", |s| s.head_dim_v),
-        ];
-        for (name, field) in fields {
-            let (got_a, got_b) = (field(&self.shape), field(got));
+        let sizes = |s: &AttentionShape| {
+            [
+                ("batch", s.batch),
+                ("num_qo_heads", s.num_qo_heads),
+                ("num_kv_heads", s.num_kv_heads),
+                ("qo_len", s.qo_len),
+                ("kv_len", s.kv_len),
+                ("head_dim", s.head_dim),
+                ("head_dim of v", s.head_dim_v),
+            ]
+        };
+        for ((name, got_a), (_, got_b)) in sizes(&self.shape).into_iter().zip(sizes(got)) {
             if got_a != got_b {
-                return Err(Error::Mismatch { name, a: "the plan", got_a, b: "the tensors", got_b });
+                return Err(Error::Mismatch {
+                    name,
+                    a: "the plan",
+                    got_a,
+                    b: "the tensors",
+                    got_b,
+                });
             }
         }
         Ok(())
@@ -167,12 +169,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Whether any pair of a block may be attended, and whether all of them may.
-    pub(crate) fn coverage(
-        &self,
-        at: HeadAt,
-        rows: &Range<usize>,
-        kv_block: usize,
-    ) -> Coverage {
+    pub(crate) fn coverage(&self, at: HeadAt, rows: &Range<usize>, kv_block: usize) -> Coverage {
         let keys = self.sequences[at.sequence].kv_block(kv_block);
         if let Some(mask) = self.block_mask {
             let [s, h, _, _] = mask.shape();
@@ -359,13 +356,8 @@ fn broadcasts(name: &'static str, got: [usize; 4], expected: [usize; 4]) -> Resu
 }
 
 fn sequences(shape: &AttentionShape, lengths: &Lengths<'_>) -> Result<Vec<Sequence>> {
-    let whole = |batch, kv_len| Sequence {
-        batch,
-        q_start: 0,
-        q_len: shape.qo_len,
-        kv_start: 0,
-        kv_len,
-    };
+    let whole =
+        |batch, kv_len| Sequence { batch, q_start: 0, q_len: shape.qo_len, kv_start: 0, kv_len };
     match *lengths {
         Lengths::Full => Ok((0..shape.batch).map(|b| whole(b, shape.kv_len)).collect()),
         Lengths::Keys(lens) => {

@@ -79,8 +79,9 @@ fn check(case: &Case<'_>) {
     let named = |e: String| panic!("{} ({}): {e}", case.name, case.about["about"]);
 
     // The file's own rounding to f32.
-    let plan = Plan::new(AttentionShape::of(&q, &k, &v).expect("fits"), &options, &SpargeConfig::dense())
-        .expect("valid");
+    let plan =
+        Plan::new(AttentionShape::of(&q, &k, &v).expect("fits"), &options, &SpargeConfig::dense())
+            .expect("valid");
     let reference = reference::dense(&plan, &q, &k, &v);
     let narrow: Vec<f32> = reference.o.iter().map(|&x| x as f32).collect();
     close(&narrow, &o, 1e-6).unwrap_or_else(named);
@@ -92,7 +93,8 @@ fn check(case: &Case<'_>) {
         let got = attention(&q, &k, &v, &options, &config).expect("valid");
         close(&got.o, &o, tolerance).unwrap_or_else(named);
         for (got, &lse) in got.lse.expect("asked for").iter().zip(&lse) {
-            let same = f64::from(*got) == lse || (f64::from(*got) - lse).abs() < 1e-5 * (1.0 + lse.abs());
+            let same =
+                f64::from(*got) == lse || (f64::from(*got) - lse).abs() < 1e-5 * (1.0 + lse.abs());
             assert!(same, "{}: lse {got}, expected {lse}", case.name);
         }
     }

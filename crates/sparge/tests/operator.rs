@@ -13,10 +13,13 @@ fn int8_is_close_and_the_same_on_every_instruction_set() {
     let q = structured(1, heads, len, dim);
     let k = structured(2, heads, len, dim);
     let v = structured(3, heads, len, dim);
-    let (q, k, v) = (view(&q, heads, len, dim), view(&k, heads, len, dim), view(&v, heads, len, dim));
-    let exact = attention(&q, &k, &v, &AttentionOptions::default(), &SpargeConfig::dense()).unwrap();
+    let (q, k, v) =
+        (view(&q, heads, len, dim), view(&k, heads, len, dim), view(&v, heads, len, dim));
+    let exact =
+        attention(&q, &k, &v, &AttentionOptions::default(), &SpargeConfig::dense()).unwrap();
     for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-        let config = SpargeConfig { qk: QkPrecision::Int8, isa: Some(isa), ..SpargeConfig::dense() };
+        let config =
+            SpargeConfig { qk: QkPrecision::Int8, isa: Some(isa), ..SpargeConfig::dense() };
         let got = attention(&q, &k, &v, &AttentionOptions::default(), &config).unwrap();
         let error = metrics::compare(
             got.o.iter().map(|&x| f64::from(x)),
@@ -32,7 +35,13 @@ fn quantised_keys_reproduce_the_keys() {
     let (len, dim) = (150, 30);
     let k = structured(7, 1, len, dim);
     let shape = AttentionShape {
-        batch: 1, num_qo_heads: 1, num_kv_heads: 1, qo_len: 5, kv_len: len, head_dim: dim, head_dim_v: 8,
+        batch: 1,
+        num_qo_heads: 1,
+        num_kv_heads: 1,
+        qo_len: 5,
+        kv_len: len,
+        head_dim: dim,
+        head_dim_v: 8,
     };
     let plan = Plan::new(shape, &AttentionOptions::default(), &SpargeConfig::default()).unwrap();
     let quantized = quantize(&plan, &view(&k, 1, len, dim)).unwrap();
@@ -48,7 +57,10 @@ fn quantised_keys_reproduce_the_keys() {
 
 /// Rows that point to one of four directions: attention goes to the key blocks of the same one.
 fn directions(len: usize, block: usize, of: impl Fn(usize) -> usize) -> Vec<f32> {
-    (0..len).flat_map(|i| (0..4).map(move |d| (d, i))).map(|(d, i)| if of(i / block) == d { 6.0 } else { 0.0 }).collect()
+    (0..len)
+        .flat_map(|i| (0..4).map(move |d| (d, i)))
+        .map(|(d, i)| if of(i / block) == d { 6.0 } else { 0.0 })
+        .collect()
 }
 
 #[test]
@@ -61,13 +73,20 @@ fn selection_finds_the_blocks_that_matter() {
     for pooling in [Pooling::BLOCK, Pooling::SUB_BLOCK, Pooling::SECOND_ORDER] {
         for selection in [Selection::TopCdf(0.9), Selection::TopK(0.25)] {
             let config = SpargeConfig {
-                selection: selection.into(), pooling, keep_first: 0, ..SpargeConfig::default()
+                selection: selection.into(),
+                pooling,
+                keep_first: 0,
+                ..SpargeConfig::default()
             };
             let options = AttentionOptions { return_mask: true, ..Default::default() };
             let out = attention(&q, &k, &k, &options, &config).unwrap();
             let mask = out.block_mask.unwrap();
             for i in 0..4 {
-                assert_eq!(mask.row(0, 0, i).collect::<Vec<_>>(), [2 * i, 2 * i + 1], "{pooling:?} {selection:?}");
+                assert_eq!(
+                    mask.row(0, 0, i).collect::<Vec<_>>(),
+                    [2 * i, 2 * i + 1],
+                    "{pooling:?} {selection:?}"
+                );
             }
             assert!((out.stats.qk_sparsity() - 0.75).abs() < 1e-12);
         }
@@ -106,7 +125,8 @@ fn the_judge_keeps_blocks_that_are_not_alike() {
     }
     let (q, k) = (view(&q, 1, len, dim), view(&k, 1, len, dim));
     let kept = |theta: f64| {
-        let config = SpargeConfig { theta: theta.into(), ..SpargeConfig::paper(Selection::TopCdf(0.9)) };
+        let config =
+            SpargeConfig { theta: theta.into(), ..SpargeConfig::paper(Selection::TopCdf(0.9)) };
         let options = AttentionOptions { return_mask: true, ..Default::default() };
         let mask = attention(&q, &k, &k, &options, &config).unwrap().block_mask.unwrap();
         mask.row(0, 0, 0).collect::<Vec<_>>()
@@ -133,7 +153,8 @@ fn empty_rows_are_zero_with_minus_infinite_lse() {
     let x = view(&x, 1, len, dim);
     let mut mask = BlockMask::empty([1, 1, 2, 4]).unwrap();
     mask.set(0, 0, 1, 3);
-    let options = AttentionOptions { block_mask: Some(&mask), return_lse: true, ..Default::default() };
+    let options =
+        AttentionOptions { block_mask: Some(&mask), return_lse: true, ..Default::default() };
     for config in [SpargeConfig::dense(), SpargeConfig::paper(Selection::TopK(0.5))] {
         let out = attention(&x, &x, &x, &options, &config).unwrap();
         let lse = out.lse.unwrap();
@@ -170,7 +191,8 @@ fn the_papers_and_the_authors_selections_differ_as_described() {
     let (q, k) = (view(&q, 1, len, dim), view(&k, 1, len, dim));
     let config = SpargeConfig { keep_first: 0, ..SpargeConfig::paper(Selection::TopCdf(0.9)) };
     let plan =
-        Plan::new(AttentionShape::of(&q, &k, &k).unwrap(), &AttentionOptions::default(), &config).unwrap();
+        Plan::new(AttentionShape::of(&q, &k, &k).unwrap(), &AttentionOptions::default(), &config)
+            .unwrap();
     let kept = |rules| reference::predict(&plan, &q, &k, &rules).mask.count();
     // Two blocks of half the mass each: the authors leave out the one that crosses τ.
     assert_eq!(kept(Rules::OURS), 8);
@@ -197,50 +219,103 @@ fn default_runs_dense_below_the_crossover() {
 fn errors_name_what_is_wrong() {
     let x = vec![0.0f32; 4096];
     let q = TensorView::hnd(&x, [1, 2, 16, 8]).unwrap();
-    let run = |q: &TensorView<'_, f32>, k: &TensorView<'_, f32>, options: &AttentionOptions<'_>, config: &SpargeConfig| {
-        attention(q, k, k, options, config).unwrap_err()
-    };
+    let run =
+        |q: &TensorView<'_, f32>,
+         k: &TensorView<'_, f32>,
+         options: &AttentionOptions<'_>,
+         config: &SpargeConfig| { attention(q, k, k, options, config).unwrap_err() };
     let default = (AttentionOptions::default(), SpargeConfig::default());
     let with = |shape| TensorView::hnd(&x, shape).unwrap();
 
-    assert!(matches!(TensorView::hnd(&x[..9], [1, 1, 2, 5]), Err(Error::BufferTooShort { needed: 10, .. })));
+    assert!(matches!(
+        TensorView::hnd(&x[..9], [1, 1, 2, 5]),
+        Err(Error::BufferTooShort { needed: 10, .. })
+    ));
     assert!(matches!(TensorView::hnd(&x, [usize::MAX, 2, 2, 2]), Err(Error::Overflow { .. })));
     assert!(matches!(run(&q, &with([1, 3, 16, 8]), &default.0, &default.1), Error::Groups { .. }));
-    assert!(matches!(run(&q, &with([2, 2, 16, 8]), &default.0, &default.1), Error::Mismatch { name: "batch", .. }));
-    assert!(matches!(run(&q, &with([1, 2, 16, 4]), &default.0, &default.1), Error::Mismatch { name: "head_dim", .. }));
-    assert!(matches!(run(&q, &with([1, 2, 0, 8]), &default.0, &default.1), Error::Dimension { name: "kv_len", .. }));
+    assert!(matches!(
+        run(&q, &with([2, 2, 16, 8]), &default.0, &default.1),
+        Error::Mismatch { name: "batch", .. }
+    ));
+    assert!(matches!(
+        run(&q, &with([1, 2, 16, 4]), &default.0, &default.1),
+        Error::Mismatch { name: "head_dim", .. }
+    ));
+    assert!(matches!(
+        run(&q, &with([1, 2, 0, 8]), &default.0, &default.1),
+        Error::Dimension { name: "kv_len", .. }
+    ));
     let wide = with([1, 1, 1, 257]);
-    assert!(matches!(run(&wide, &wide, &default.0, &default.1), Error::Dimension { name: "head_dim", got: 257, .. }));
+    assert!(matches!(
+        run(&wide, &wide, &default.0, &default.1),
+        Error::Dimension { name: "head_dim", got: 257, .. }
+    ));
 
     let set = |f: &dyn Fn(&mut SpargeConfig)| {
         let mut config = SpargeConfig::default();
         f(&mut config);
         run(&q, &q, &AttentionOptions::default(), &config)
     };
-    assert!(matches!(set(&|c| c.selection = Selection::TopK(0.0).into()), Error::Setting { name: "top_k", .. }));
-    assert!(matches!(set(&|c| c.selection = Selection::TopCdf(f64::NAN).into()), Error::Setting { name: "cdf", .. }));
+    assert!(matches!(
+        set(&|c| c.selection = Selection::TopK(0.0).into()),
+        Error::Setting { name: "top_k", .. }
+    ));
+    assert!(matches!(
+        set(&|c| c.selection = Selection::TopCdf(f64::NAN).into()),
+        Error::Setting { name: "cdf", .. }
+    ));
     assert!(matches!(set(&|c| c.theta = 1.0.into()), Error::Setting { name: "theta", .. }));
     assert!(matches!(set(&|c| c.lambda = (-1.0).into()), Error::Setting { name: "lambda", .. }));
-    assert!(matches!(set(&|c| c.pooling.q_rows = 48), Error::Setting { name: "pooling.q_rows", .. }));
-    assert!(matches!(set(&|c| c.theta = PerHead::Heads(vec![0.1])), Error::PerHead { name: "theta", got: 1, .. }));
+    assert!(matches!(
+        set(&|c| c.pooling.q_rows = 48),
+        Error::Setting { name: "pooling.q_rows", .. }
+    ));
+    assert!(matches!(
+        set(&|c| c.theta = PerHead::Heads(vec![0.1])),
+        Error::PerHead { name: "theta", got: 1, .. }
+    ));
     if let Some(&isa) = Isa::ALL.iter().find(|isa| !isa.is_available()) {
         assert!(matches!(set(&|c| c.isa = Some(isa)), Error::Isa { .. }));
     }
 
     let opt = |options: AttentionOptions<'_>| run(&q, &q, &options, &SpargeConfig::default());
-    assert!(matches!(opt(AttentionOptions { softmax_scale: Some(f64::INFINITY), ..Default::default() }), Error::Setting { name: "softmax_scale", .. }));
+    assert!(matches!(
+        opt(AttentionOptions { softmax_scale: Some(f64::INFINITY), ..Default::default() }),
+        Error::Setting { name: "softmax_scale", .. }
+    ));
     let window = Some(Window { left: None, right: Some(3) });
-    assert!(matches!(opt(AttentionOptions { causal: Some(Alignment::TopLeft), window, ..Default::default() }), Error::Conflict { .. }));
+    assert!(matches!(
+        opt(AttentionOptions { causal: Some(Alignment::TopLeft), window, ..Default::default() }),
+        Error::Conflict { .. }
+    ));
     let mask = BlockMask::empty([1, 1, 2, 1]).unwrap();
-    assert!(matches!(opt(AttentionOptions { block_mask: Some(&mask), ..Default::default() }), Error::MaskShape { name: "block_mask", .. }));
+    assert!(matches!(
+        opt(AttentionOptions { block_mask: Some(&mask), ..Default::default() }),
+        Error::MaskShape { name: "block_mask", .. }
+    ));
     let bools = [true; 16];
     let bools = TensorView::hnd(&bools, [1, 1, 1, 16]).unwrap();
-    assert!(matches!(opt(AttentionOptions { element_mask: Some(ElementMask::Bool(bools)), ..Default::default() }), Error::MaskShape { name: "attn_mask", .. }));
-    assert!(matches!(opt(AttentionOptions { lengths: Lengths::Keys(&[17]), ..Default::default() }), Error::Sequences { name: "kv_lens", .. }));
-    assert!(matches!(opt(AttentionOptions { lengths: Lengths::Keys(&[1, 1]), ..Default::default() }), Error::Sequences { name: "kv_lens", .. }));
+    assert!(matches!(
+        opt(AttentionOptions {
+            element_mask: Some(ElementMask::Bool(bools)),
+            ..Default::default()
+        }),
+        Error::MaskShape { name: "attn_mask", .. }
+    ));
+    assert!(matches!(
+        opt(AttentionOptions { lengths: Lengths::Keys(&[17]), ..Default::default() }),
+        Error::Sequences { name: "kv_lens", .. }
+    ));
+    assert!(matches!(
+        opt(AttentionOptions { lengths: Lengths::Keys(&[1, 1]), ..Default::default() }),
+        Error::Sequences { name: "kv_lens", .. }
+    ));
     for cu in [&[0usize, 17][..], &[0, 9, 4, 16], &[1, 16], &[16], &[]] {
         let lengths = Lengths::Packed { cu_seqlens_q: cu, cu_seqlens_k: &[0, 16] };
-        assert!(matches!(opt(AttentionOptions { lengths, ..Default::default() }), Error::Sequences { name: "cu_seqlens_q", .. }));
+        assert!(matches!(
+            opt(AttentionOptions { lengths, ..Default::default() }),
+            Error::Sequences { name: "cu_seqlens_q", .. }
+        ));
     }
     let bad = Csr { shape: [1, 1, 1, 4], indptr: vec![0, 2], indices: vec![3, 1] };
     assert!(matches!(bad.to_mask(), Err(Error::Csr(_))));

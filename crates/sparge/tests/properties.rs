@@ -14,7 +14,10 @@ fn run<T: Element>(case: &Case, data: &Data<T>, config: &SpargeConfig) -> Attent
 }
 
 /// Output and LSE against the reference under the mask that was used.
-fn agrees<T: Element>(case: &Case, config: &SpargeConfig) -> std::result::Result<(), TestCaseError> {
+fn agrees<T: Element>(
+    case: &Case,
+    config: &SpargeConfig,
+) -> std::result::Result<(), TestCaseError> {
     let data = case.data::<T>();
     let (q, k, v) = case.views(&data);
     let options = case.options(&data);

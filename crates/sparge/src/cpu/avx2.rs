@@ -118,9 +118,12 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     isa: Isa::Avx2,
     lanes: 8,
     panel: 16,
-    // SAFETY (all four): this table is handed out by `dispatch` only where AVX2 and FMA exist.
+    // SAFETY: `dispatch` hands this table out only where AVX2 and FMA exist.
     qk: |q, k, s| unsafe { qk(q, k, s) },
+    // SAFETY: as above.
     qk_i8: |q, k, shift, s| unsafe { qk_i8(q, k, shift, s) },
+    // SAFETY: as above.
     softmax: |s, running| unsafe { softmax(s, running) },
+    // SAFETY: as above.
     pv: |p, alpha, v, rows, o| unsafe { pv(p, alpha, v, rows, o) },
 };

@@ -111,9 +111,12 @@ pub(super) static KERNELS: TileKernels = TileKernels {
     isa: Isa::Avx512,
     lanes: 16,
     panel: 64,
-    // SAFETY (all four): this table is handed out by `dispatch` only where AVX-512 exist.
+    // SAFETY: `dispatch` hands this table out only where AVX-512 exists.
     qk: |q, k, s| unsafe { qk(q, k, s) },
+    // SAFETY: as above.
     qk_i8: |q, k, shift, s| unsafe { qk_i8(q, k, shift, s) },
+    // SAFETY: as above.
     softmax: |s, running| unsafe { softmax(s, running) },
+    // SAFETY: as above.
     pv: |p, alpha, v, rows, o| unsafe { pv(p, alpha, v, rows, o) },
 };

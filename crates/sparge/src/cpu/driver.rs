@@ -116,7 +116,8 @@ fn slots<'o, T: Element>(
         dim: shape.head_dim_v,
     };
     // Rows in [batch, head, token] order, whatever the layout.
-    let mut rows: Vec<Option<&'o mut [T]>> = (0..dims.batch * dims.heads * dims.len).map(|_| None).collect();
+    let mut rows: Vec<Option<&'o mut [T]>> =
+        (0..dims.batch * dims.heads * dims.len).map(|_| None).collect();
     for (at, row) in out.chunks_exact_mut(dims.dim).enumerate() {
         let index = match plan.layout {
             Layout::Hnd => at,

@@ -1,8 +1,6 @@
 //! One query block against its key blocks: the online softmax, strip by strip.
 
-use super::kernels::{
-    Accumulator, PackedQ, PackedQ8, QuantizedRows, Rows, Running, STRIP, Scores,
-};
+use super::kernels::{Accumulator, PackedQ, PackedQ8, QuantizedRows, Rows, Running, STRIP, Scores};
 use crate::config::QkPrecision;
 use crate::geometry::{BLOCK_KV, BLOCK_Q, Coverage, Sequence};
 use crate::plan::{HeadAt, Plan, RowMask};
@@ -157,8 +155,7 @@ impl Strip {
         let kernels = plan.kernels;
         let pitch = Scores::pitch(self.q.width);
         scores.resize(BLOCK_KV * Scores::pitch(STRIP.max(self.q.width)), 0.0);
-        let mut s =
-            Scores { data: scores, pitch, keys: tile.keys.len(), width: self.q.width };
+        let mut s = Scores { data: scores, pitch, keys: tile.keys.len(), width: self.q.width };
         match &tile.k8 {
             // A cut tile stays in f32: a row must not feel the scale of keys it cannot see.
             Some((k8, mean)) if tile.coverage == Coverage::Full => {

@@ -80,7 +80,7 @@ impl AttentionShape {
                 return Err(Error::Dimension { name, got, expected: "1 to 256" });
             }
         }
-        if self.num_qo_heads % self.num_kv_heads != 0 {
+        if !self.num_qo_heads.is_multiple_of(self.num_kv_heads) {
             return Err(Error::Groups {
                 num_qo_heads: self.num_qo_heads,
                 num_kv_heads: self.num_kv_heads,

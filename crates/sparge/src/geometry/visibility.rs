@@ -61,7 +61,10 @@ impl Visibility {
         match self.right {
             None => self.kv_len,
             Some(right) => clamp(
-                (i as isize).saturating_add(self.offset).saturating_add_unsigned(right).saturating_add(1),
+                (i as isize)
+                    .saturating_add(self.offset)
+                    .saturating_add_unsigned(right)
+                    .saturating_add(1),
                 self.kv_len,
             ),
         }
@@ -142,7 +145,9 @@ mod tests {
         for q_len in [1, 150, 200, 260] {
             let seq = Sequence { batch: 0, q_start: 0, q_len, kv_start: 0, kv_len };
             for causal in [None, Some(Alignment::TopLeft), Some(Alignment::BottomRight)] {
-                for (left, right) in [(None, None), (Some(0), None), (Some(70), Some(3)), (Some(90), Some(0))] {
+                for (left, right) in
+                    [(None, None), (Some(0), None), (Some(70), Some(3)), (Some(90), Some(0))]
+                {
                     for sink_blocks in [0, 1] {
                         let options = AttentionOptions {
                             causal,
@@ -165,7 +170,11 @@ mod tests {
                                     n if n == rows.len() * keys.len() => Coverage::Full,
                                     _ => Coverage::Partial,
                                 };
-                                assert_eq!(vis.tile(&rows, &keys), expected, "{vis:?} {rows:?} {keys:?}");
+                                assert_eq!(
+                                    vis.tile(&rows, &keys),
+                                    expected,
+                                    "{vis:?} {rows:?} {keys:?}"
+                                );
                             }
                         }
                     }

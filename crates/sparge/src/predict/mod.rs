@@ -42,7 +42,8 @@ pub fn predict<T: Element>(
 
     let rows: Vec<&mut [u64]> = mask.rows_mut().collect();
     rows.into_par_iter().enumerate().for_each_init(Scorer::default, |scorer, (i, words)| {
-        let at = HeadAt { sequence: i / q_blocks / num_qo_heads, head: i / q_blocks % num_qo_heads };
+        let at =
+            HeadAt { sequence: i / q_blocks / num_qo_heads, head: i / q_blocks % num_qo_heads };
         let q_block = i % q_blocks;
         if q_block >= plan.sequences[at.sequence].q_blocks() {
             return;

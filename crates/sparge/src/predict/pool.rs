@@ -121,11 +121,7 @@ pub(super) fn mean_cosine(tile: &[f32], centre: &[f32], sum: &mut Vec<f32>) -> f
 
 /// The cosine of every key block, smoothed by the mean of the sequence, or, where later tokens
 /// must not be seen, by the mean up to the block's end.
-fn similarities<T: Element>(
-    rows: &mut RowReader<'_, '_, T>,
-    dim: usize,
-    prefix: bool,
-) -> Vec<f32> {
+fn similarities<T: Element>(rows: &mut RowReader<'_, '_, T>, dim: usize, prefix: bool) -> Vec<f32> {
     let seq = rows.seq;
     // Sums in f64: a mean over 128K rows must not drift.
     let mut sum = vec![0.0f64; dim];

@@ -128,15 +128,15 @@ impl Scorer {
             len: subs,
             dim: keys.width,
         };
-        let mut s =
-            Scores { data: &mut self.scores, pitch, keys: subs, width: self.packed.width };
+        let mut s = Scores { data: &mut self.scores, pitch, keys: subs, width: self.packed.width };
         (plan.kernels.qk)(&self.packed, &k, &mut s);
 
         // Blocks that are not scored leave the softmax; partly visible ones are cut.
         let seq = plan.sequences[at.sequence];
         let mut next = scored.iter().peekable();
         for block in span.clone() {
-            let sub_range = (block - span.start) * per_block..((block + 1 - span.start) * per_block).min(subs);
+            let sub_range =
+                (block - span.start) * per_block..((block + 1 - span.start) * per_block).min(subs);
             if next.next_if_eq(&&block).is_none() {
                 s.data[sub_range.start * pitch..sub_range.end * pitch].fill(f32::NEG_INFINITY);
                 continue;
@@ -210,7 +210,13 @@ impl Scorer {
 }
 
 /// Removes pooled queries that see none of `sub_keys`, and adds the mean bias of the others.
-fn cut(plan: &Plan<'_>, at: HeadAt, rows: &Range<usize>, sub_keys: &Range<usize>, line: &mut [f32]) {
+fn cut(
+    plan: &Plan<'_>,
+    at: HeadAt,
+    rows: &Range<usize>,
+    sub_keys: &Range<usize>,
+    line: &mut [f32],
+) {
     for (r, start) in rows.clone().step_by(plan.pooling.q_rows).enumerate() {
         let sub_rows = start..(start + plan.pooling.q_rows).min(rows.end);
         if plan.tile_coverage(at, &sub_rows, sub_keys) == Coverage::Empty {

@@ -71,12 +71,8 @@ impl Quantized {
             dim: head.stride,
         };
         let (scales, sums) = (&head.scales[keys.clone()], &head.sums[keys]);
-        let mean = Rows {
-            data: &head.means[block * head.dim..],
-            stride: head.dim,
-            len: 1,
-            dim: head.dim,
-        };
+        let mean =
+            Rows { data: &head.means[block * head.dim..], stride: head.dim, len: 1, dim: head.dim };
         Some((QuantizedRows { rows, scales, sums }, mean))
     }
 }

@@ -57,8 +57,7 @@ pub fn sparge<T: Element>(
 ) -> Output {
     let mask = predict(plan, q, k, rules).mask;
     let sees = |at, i, j| {
-        (plan.sees(at, i, j) || !rules.causal_in_kernel)
-            && in_mask(plan, Some(&mask), at, i, j)
+        (plan.sees(at, i, j) || !rules.causal_in_kernel) && in_mask(plan, Some(&mask), at, i, j)
     };
     rows(plan, q, k, v, sees, Some(rules))
 }
@@ -156,9 +155,7 @@ fn skips(scores: &[Vec<f64>], lambda: f64, rules: &Rules) -> Vec<Vec<bool>> {
             let group_end = (group + rules.skip_rows).min((group / BLOCK_Q + 1) * BLOCK_Q);
             let group = group..group_end.min(scores.len());
             let lambda = lambda * rules.lambda_unit;
-            let idle = |i: usize| {
-                maxima[i] == f64::NEG_INFINITY || maxima[i] < running[i] - lambda
-            };
+            let idle = |i: usize| maxima[i] == f64::NEG_INFINITY || maxima[i] < running[i] - lambda;
             if lambda.is_finite() && group.clone().all(idle) {
                 group.for_each(|i| skipped[i][block] = true);
             }

@@ -69,9 +69,8 @@ fn predict_row(
 ) -> Row {
     let seq = &plan.sequences[at.sequence];
     let rows = seq.q_block(q_block);
-    let reachable: Vec<usize> = (0..seq.kv_blocks())
-        .filter(|&j| plan.coverage(at, &rows, j) != Coverage::Empty)
-        .collect();
+    let reachable: Vec<usize> =
+        (0..seq.kv_blocks()).filter(|&j| plan.coverage(at, &rows, j) != Coverage::Empty).collect();
     let Budget::Some { cdf, top_k } = plan.heads[at.head].budget else {
         return Row { kept: reachable, margin: f64::INFINITY };
     };
@@ -103,8 +102,7 @@ fn predict_row(
     let at_least = if top_k > 0.0 { top_k_count(top_k, of) } else { 1 };
     let by_count = at_least.saturating_sub(already).min(order.len());
     let mut by_mass = 0;
-    let mut sum: f64 =
-        (0..scored.len()).filter(|&i| counted(&scored[i])).map(|i| masses[i]).sum();
+    let mut sum: f64 = (0..scored.len()).filter(|&i| counted(&scored[i])).map(|i| masses[i]).sum();
     let mut margin = f64::INFINITY;
     if cdf > 0.0 {
         while by_mass < order.len() && sum < cdf {
@@ -257,10 +255,8 @@ impl Judged {
                 let means: Vec<_> = b.chunks(plan.pooling.kv_rows).map(mean).collect();
                 let seen = if prefix { j * BLOCK_KV + b.len() } else { keys.len() };
                 let centre = mean(&keys[..seen]);
-                let smoothed: Vec<Vec<f64>> = b
-                    .iter()
-                    .map(|k| k.iter().zip(&centre).map(|(k, c)| k - c).collect())
-                    .collect();
+                let smoothed: Vec<Vec<f64>> =
+                    b.iter().map(|k| k.iter().zip(&centre).map(|(k, c)| k - c).collect()).collect();
                 judge(&smoothed, BLOCK_KV, &means)
             })
             .collect();
@@ -294,9 +290,7 @@ fn gather<T: Element>(
     head: usize,
     tokens: Range<usize>,
 ) -> Vec<Vec<f64>> {
-    tokens
-        .map(|t| x.row(batch, head, t).iter().map(|x| f64::from(x.to_f32())).collect())
-        .collect()
+    tokens.map(|t| x.row(batch, head, t).iter().map(|x| f64::from(x.to_f32())).collect()).collect()
 }
 
 fn parts(rows: &Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {

@@ -92,7 +92,9 @@ pub fn close<T: Element>(got: &[T], reference: &[f64], tolerance: f64) -> Result
             !got.is_finite()
         };
         if !same {
-            return Err(format!("element {i}: {got}, reference {reference}, tolerance {tolerance}"));
+            return Err(format!(
+                "element {i}: {got}, reference {reference}, tolerance {tolerance}"
+            ));
         }
     }
     Ok(())

@@ -1,4 +1,5 @@
 //! Random calls: one description, from which tensors, options and settings are made.
+#![expect(unreachable_pub, reason = "a module shared by test binaries")]
 
 use proptest::prelude::*;
 use sparge::testing::Rng;
@@ -78,11 +79,8 @@ pub fn case() -> impl Strategy<Value = Case> {
             head_dim,
             head_dim_v,
         });
-    let causal = prop_oneof![
-        Just(None),
-        Just(Some(Alignment::TopLeft)),
-        Just(Some(Alignment::BottomRight))
-    ];
+    let causal =
+        prop_oneof![Just(None), Just(Some(Alignment::TopLeft)), Just(Some(Alignment::BottomRight))];
     let window = prop_oneof![
         3 => Just(None),
         1 => (0usize..200, prop_oneof![Just(None), (0usize..50).prop_map(Some)])
@@ -95,7 +93,8 @@ pub fn case() -> impl Strategy<Value = Case> {
         1 => Just(Masks::Additive),
         1 => Just(Masks::BlockAndBool)
     ];
-    let ragged = prop_oneof![3 => Just(Ragged::No), 1 => Just(Ragged::Keys), 1 => Just(Ragged::Packed)];
+    let ragged =
+        prop_oneof![3 => Just(Ragged::No), 1 => Just(Ragged::Keys), 1 => Just(Ragged::Packed)];
     let selection = prop_oneof![
         (0.05f64..1.0).prop_map(Selection::TopCdf),
         (0.05f64..1.0).prop_map(Selection::TopK),
@@ -221,16 +220,20 @@ impl Case {
                 on
             })
             .collect();
-        let biases = bools
-            .iter()
-            .map(|&on| if on { rng.unit() } else { f32::NEG_INFINITY })
-            .collect();
+        let biases =
+            bools.iter().map(|&on| if on { rng.unit() } else { f32::NEG_INFINITY }).collect();
         let block_mask =
             matches!(self.masks, Masks::Block | Masks::BlockAndBool).then_some(block_mask);
         Data { q, k, v, block_mask, bools, biases, kv_lens, cu_q, cu_k, mask_dims }
     }
 
-    pub fn view<'a, T: Element>(&self, x: &'a [T], heads: usize, len: usize, dim: usize) -> TensorView<'a, T> {
+    pub fn view<'a, T: Element>(
+        &self,
+        x: &'a [T],
+        heads: usize,
+        len: usize,
+        dim: usize,
+    ) -> TensorView<'a, T> {
         let padded = dim + self.gap;
         let dims = Dims { batch: self.shape.batch, heads, len, dim };
         let strides = Strides::contiguous(Dims { dim: padded, ..dims }, self.layout);
@@ -262,7 +265,8 @@ impl Case {
                     TensorView::contiguous(&data.bools, data.mask_dims, Layout::Hnd).expect("fits"),
                 )),
                 Masks::Additive => Some(ElementMask::Additive(
-                    TensorView::contiguous(&data.biases, data.mask_dims, Layout::Hnd).expect("fits"),
+                    TensorView::contiguous(&data.biases, data.mask_dims, Layout::Hnd)
+                        .expect("fits"),
                 )),
             },
             lengths: match self.ragged {

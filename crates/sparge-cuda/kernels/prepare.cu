@@ -1,0 +1,309 @@
+// Preparation: the mean of K and the largest |V| per channel (`statistics`), then everything in one
+// pass (`quantize`): int8 Q and K, e4m3 V, and pooled Q and K for the selection. Outputs are images
+// of the attention kernel's shared-memory tiles, so that it can fetch them with plain bulk copies.
+#include "sparge/types.cuh"
+#include "sparge/ptx/math.cuh"
+
+namespace sparge {
+
+constexpr int THREADS = 256;
+constexpr int SUB = 16;  // rows of a warp
+
+__device__ __forceinline__ bool is_finite(float x) {
+    return (as_bits(x) & 0x7f800000u) != 0x7f800000u;
+}
+__device__ __forceinline__ u32 magnitude(float x) { return as_bits(x) & 0x7fffffffu; }
+__device__ __forceinline__ u32 umax(u32 a, u32 b) { return a > b ? a : b; }
+
+/// Grid (chunks, batch * kv_heads). Non-finite elements do not enter: they stay in their blocks.
+template <int D, class T>
+__global__ void __launch_bounds__(THREADS) statistics(const __grid_constant__ Args a) {
+    constexpr int LANES = D / 8, ROWS = THREADS / LANES;
+    __shared__ float sums[ROWS][D];
+    __shared__ u32 tops[ROWS][D];
+    __shared__ u32 is_last;
+    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
+    const int pair = blockIdx.y, batch = pair / a.kv_heads, head = pair % a.kv_heads;
+    const u16 *k = static_cast<const u16 *>(a.k) + batch * a.ks.batch + head * a.ks.head + lane * 8;
+    const u16 *v = static_cast<const u16 *>(a.v) + batch * a.vs.batch + head * a.vs.head + lane * 8;
+    float sum[8] = {};
+    u32 top[8] = {};
+    const int start = blockIdx.x * a.chunk, end = min(a.kv_len, start + a.chunk);
+#pragma unroll 4
+    for (int i = start + row; i < end; i += ROWS) {
+        float x[8], y[8];
+        unpack8<T>(load16(k + i * a.ks.token), x);
+        unpack8<T>(load16(v + i * a.vs.token), y);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            sum[j] += is_finite(x[j]) ? x[j] : 0.f;
+            top[j] = umax(top[j], is_finite(y[j]) ? magnitude(y[j]) : 0);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        sums[row][lane * 8 + j] = sum[j];
+        tops[row][lane * 8 + j] = top[j];
+    }
+    __syncthreads();
+    const int d = threadIdx.x;
+    if (d < D) {
+        float total = 0.f;
+        u32 most = 0;
+        for (int i = 0; i < ROWS; i++) {
+            total += sums[i][d];
+            most = umax(most, tops[i][d]);
+        }
+        a.partial[(static_cast<i64>(pair) * a.chunks + blockIdx.x) * D + d] = total;
+        atomicMax(a.v_amax + pair * D + d, most);
+        __threadfence();
+    }
+    __syncthreads();
+    // The last block of a head adds the chunks up, always in the same order.
+    if (threadIdx.x == 0) is_last = atomicAdd(a.counters + 1 + pair, 1) == gridDim.x - 1;
+    __syncthreads();
+    if (is_last && d < D) {
+        __threadfence();
+        float total = 0.f;
+        for (int i = 0; i < a.chunks; i++)
+            total += __ldcg(a.partial + (static_cast<i64>(pair) * a.chunks + i) * D + d);
+        a.k_mean[pair * D + d] = total / a.kv_len;
+    }
+}
+
+/// A warp's 16 rows: each lane holds ROWS rows of 8 neighbouring channels.
+template <int D> struct Part {
+    static constexpr int LANES = D / 8, ROWS = SUB * LANES / 32;
+    float x[ROWS][8];
+    int channel, row;  // row: of the warp's 16
+
+    /// Loads rows `first..first + 16` of which those below `end` exist; the others are zero.
+    template <class T>
+    __device__ __forceinline__ void load(const u16 *from, i64 stride, int first, int end) {
+        const int lane = threadIdx.x % 32;
+        channel = lane % LANES * 8;
+        row = lane / LANES * ROWS;
+        uint4 raw[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            raw[i] = uint4{0, 0, 0, 0};
+            const int token = first + row + i;
+            if (token < end) raw[i] = load16(from + token * stride + channel);
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) unpack8<T>(raw[i], x[i]);
+    }
+    /// Sums of each channel over the warp's rows, in every lane.
+    __device__ __forceinline__ void column_sums(float (&sum)[8]) const {
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            sum[j] = 0.f;
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) sum[j] += x[i][j];
+#pragma unroll
+            for (int step = LANES; step < 32; step *= 2)
+                sum[j] += __shfl_xor_sync(FULL, sum[j], step);
+        }
+    }
+    /// Writes row i as int8 into a tile image whose first row is the warp's.
+    __device__ __forceinline__ void store_int8(i8 *image, int first, int i, float by) const {
+        u32 word[2];
+#pragma unroll
+        for (int w = 0; w < 2; w++) {
+            u32 b[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) b[j] = __float2int_rn(x[i][4 * w + j] * by) & 0xff;
+            word[w] = b[0] | b[1] << 8 | b[2] << 16 | b[3] << 24;
+        }
+        i8 *to = image + swizzled<D>(first + row + i, channel / 16) + channel % 16;
+        *reinterpret_cast<uint2 *>(to) = uint2{word[0], word[1]};
+    }
+};
+
+/// Writes a pooled row as bf16 high and low parts: 16 bits of mantissa in all.
+__device__ __forceinline__ void store_pooled(u16 *high, int dim, int channel, const float (&x)[8]) {
+    u32 h[4], l[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        h[i] = Half2<Bf16>::pack(x[2 * i], x[2 * i + 1]);
+        l[i] = Half2<Bf16>::pack(x[2 * i] - Half2<Bf16>::lo(h[i]),
+                                 x[2 * i + 1] - Half2<Bf16>::hi(h[i]));
+    }
+    *reinterpret_cast<uint4 *>(high + channel) = uint4{h[0], h[1], h[2], h[3]};
+    *reinterpret_cast<uint4 *>(high + dim + channel) = uint4{l[0], l[1], l[2], l[3]};
+}
+
+/// Pools a block whose 16-row sums are `sum` (one per warp) and writes it: per sub-block, or, where
+/// POOL is 2, one mean for the block. `centre` is subtracted. All warps of the block take part.
+template <int D, int POOL>
+__device__ __forceinline__ void pool(u16 *to, int block, int rows, int warp, int warps,
+                                     float (&sum)[8], int channel, const float *centre, float by,
+                                     float (*scratch)[D]) {
+    const int lane = threadIdx.x % 32;
+    if (POOL == 1) {
+        const int count = min(SUB, rows - warp * SUB);
+        if (lane >= D / 8 || count <= 0) return;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            sum[j] = (sum[j] / count - (centre ? centre[channel + j] : 0.f)) * by;
+        store_pooled(to + (static_cast<i64>(block) * warps + warp) * 2 * D, D, channel, sum);
+    } else if (POOL == 2) {
+        if (lane < D / 8)
+#pragma unroll
+            for (int j = 0; j < 8; j++) scratch[warp][channel + j] = sum[j];
+        __syncthreads();
+        if (warp != 0 || lane >= D / 8) return;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float total = 0.f;
+            for (int w = 0; w < warps; w++) total += scratch[w][channel + j];
+            sum[j] = (total / rows - (centre ? centre[channel + j] : 0.f)) * by;
+        }
+        store_pooled(to + static_cast<i64>(block) * 2 * D, D, channel, sum);
+    }
+}
+
+template <int D, class T, int POOL>
+__device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scratch)[D]) {
+    const int pair = index / a.q_blocks, block = index % a.q_blocks;
+    const int batch = pair / a.heads, head = pair % a.heads;
+    const int warp = threadIdx.x / 32, first = block * BLOCK_Q + warp * SUB;
+    Part<D> part;
+    part.template load<T>(
+        static_cast<const u16 *>(a.q) + batch * a.qs.batch + head * a.qs.head, a.qs.token, first,
+        a.qo_len);
+    i8 *image = a.q8 + static_cast<i64>(index) * (BLOCK_Q * D);
+    const float sign = a.scale_log2 < 0.f ? -1.f : 1.f;
+    const int kv_pair = batch * a.kv_heads + head / (a.heads / a.kv_heads);
+    float mean[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) mean[j] = a.k_mean[kv_pair * D + part.channel + j];
+#pragma unroll
+    for (int i = 0; i < Part<D>::ROWS; i++) {
+        u32 top = 0;
+        float shift = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            top = umax(top, magnitude(part.x[i][j]));
+            shift = fmaf(part.x[i][j], mean[j], shift);
+        }
+#pragma unroll
+        for (int step = 1; step < Part<D>::LANES; step *= 2) {
+            top = umax(top, __shfl_xor_sync(FULL, top, step));
+            shift += __shfl_xor_sync(FULL, shift, step);
+        }
+        const float most = as_float(top);
+        part.store_int8(image, warp * SUB, i, top == 0 ? 0.f : sign * 127.f / most);
+        // Never zero: a cut score is −∞ times this.
+        const float scale = most / 127.f * fabsf(a.scale_log2);
+        if (part.channel == 0) {
+            const i64 at = static_cast<i64>(index) * BLOCK_Q + warp * SUB + part.row + i;
+            a.q_scale[at] = scale < 1e-20f ? 1e-20f : scale;
+            a.q_shift[at] = shift * a.scale_log2;
+        }
+    }
+    if (POOL) {
+        float sum[8];
+        part.column_sums(sum);
+        pool<D, POOL>(a.q_pool, index, min(BLOCK_Q, a.qo_len - block * BLOCK_Q), warp, 8, sum,
+                      part.channel, nullptr, a.scale_log2, scratch);
+    }
+}
+
+template <int D, class T, int POOL>
+__device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*scratch)[D],
+                                            uint4 *image, u32 *tops) {
+    const int pair = index / a.kv_blocks, block = index % a.kv_blocks;
+    const int batch = pair / a.kv_heads, head = pair % a.kv_heads;
+    const int warp = threadIdx.x / 32 % 4, first = block * BLOCK_KV + warp * SUB;
+    const bool is_key = threadIdx.x < THREADS / 2;
+    const Strides &s = is_key ? a.ks : a.vs;
+    Part<D> part;
+    part.template load<T>(static_cast<const u16 *>(is_key ? a.k : a.v) + batch * s.batch +
+                              head * s.head, s.token, first, a.kv_len);
+    const float *mean = a.k_mean + pair * D;
+    float sum[8];
+    if (is_key) {
+        if (POOL) part.column_sums(sum);
+        u32 top = 0;
+#pragma unroll
+        for (int i = 0; i < Part<D>::ROWS; i++)
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                part.x[i][j] = first + part.row + i < a.kv_len
+                    ? part.x[i][j] - mean[part.channel + j] : 0.f;
+                top = umax(top, magnitude(part.x[i][j]));
+            }
+        top = __reduce_max_sync(FULL, top);
+        if (threadIdx.x % 32 == 0) tops[warp] = top;
+    } else {
+        // e4m3, keys in the order in which the attention kernel's registers hold P: of 16 keys,
+        // word t of a chunk has keys 2t, 2t + 1, 2t + 8, 2t + 9. Lanes 16 apart hold the two halves.
+        constexpr int WORDS = Part<D>::ROWS / 4;
+        u32 packed[8][WORDS];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const u32 most = a.v_amax[pair * D + part.channel + j];
+            const float by = most == 0 ? 0.f : 448.f / as_float(most);
+#pragma unroll
+            for (int w = 0; w < WORDS; w++) {
+                float y[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float x = part.x[4 * w + i][j];
+                    y[i] = is_finite(x) ? x * by : as_float(0x7fc00000u);
+                }
+                packed[j][w] = e4m3x4(y[0], y[1], y[2], y[3]);
+            }
+        }
+        const bool low = threadIdx.x % 32 < 16;
+        const int word = D == 128 ? 0 : threadIdx.x % 32 / 8 % 2 * 2;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int channel = part.channel + (low ? j : j + 4);
+            u32 out[2 * WORDS];
+#pragma unroll
+            for (int w = 0; w < WORDS; w++) {
+                const u32 mine = low ? packed[j][w] : packed[j + 4][w];
+                const u32 theirs = __shfl_xor_sync(FULL, low ? packed[j + 4][w] : packed[j][w], 16);
+                const u32 l = low ? mine : theirs, h = low ? theirs : mine;
+                out[2 * w] = __byte_perm(l, h, 0x5410);
+                out[2 * w + 1] = __byte_perm(l, h, 0x7632);
+            }
+            // The image's 16-byte slots, spread over the banks.
+            const int slot = swizzled<64>(channel, warp) / 16;
+            u32 *to = reinterpret_cast<u32 *>(image + (slot ^ (slot >> 5 & 7))) + word;
+            if constexpr (D == 128) *reinterpret_cast<uint4 *>(to) = uint4{out[0], out[1], out[2], out[3]};
+            else *reinterpret_cast<uint2 *>(to) = uint2{out[0], out[1]};
+        }
+    }
+    __syncthreads();
+    if (is_key) {
+        const float most = as_float(umax(umax(tops[0], tops[1]), umax(tops[2], tops[3])));
+        i8 *to = a.k8 + static_cast<i64>(index) * (BLOCK_KV * D);
+#pragma unroll
+        for (int i = 0; i < Part<D>::ROWS; i++)
+            part.store_int8(to, warp * SUB, i, most == 0.f ? 0.f : 127.f / most);
+        if (threadIdx.x == 0) a.k_scale[index * 4] = most / 127.f < 1e-15f ? 1e-15f : most / 127.f;
+    } else {
+        uint4 *to = reinterpret_cast<uint4 *>(a.v8 + static_cast<i64>(index) * (D * BLOCK_KV));
+        for (int slot = threadIdx.x - THREADS / 2; slot < D * BLOCK_KV / 16; slot += THREADS / 2)
+            to[slot] = image[slot ^ (slot >> 5 & 7)];
+    }
+    if (POOL == 1 && is_key || POOL == 2)
+        pool<D, POOL>(a.k_pool, index, min(BLOCK_KV, a.kv_len - block * BLOCK_KV),
+                      threadIdx.x / 32, 4, sum, part.channel, mean, 1.f, scratch);
+}
+
+/// Grid: all query blocks, then all key blocks. POOL: 0 none, 1 every 16 rows, 2 whole blocks.
+template <int D, class T, int POOL>
+__global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Args a) {
+    __shared__ float scratch[8][D];
+    __shared__ uint4 image[D * BLOCK_KV / 16];
+    __shared__ u32 tops[4];
+    const int q_blocks = a.batch * a.heads * a.q_blocks;
+    if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch);
+    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops);
+}
+
+}  // namespace sparge

@@ -1,0 +1,125 @@
+//! The argument struct of all kernels, and the calls that launch them.
+#![expect(unsafe_code, reason = "asks whether the driver's library is there")]
+
+mod forward;
+
+use std::mem::{offset_of, size_of};
+
+/// Query heads that fit the argument struct.
+pub(crate) const MAX_HEADS: usize = 128;
+
+/// `Strides` of kernels/sparge/types.cuh.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Strides {
+    pub(crate) batch: i64,
+    pub(crate) head: i64,
+    pub(crate) token: i64,
+}
+
+/// `Budget` of kernels/sparge/types.cuh.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Budget {
+    pub(crate) cdf: f32,
+    pub(crate) top_k: f32,
+}
+
+/// `Args` of kernels/sparge/types.cuh, which says what the fields are.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Args {
+    pub(crate) q: u64,
+    pub(crate) k: u64,
+    pub(crate) v: u64,
+    pub(crate) o: u64,
+    pub(crate) lse: u64,
+    pub(crate) q_strides: Strides,
+    pub(crate) k_strides: Strides,
+    pub(crate) v_strides: Strides,
+    pub(crate) o_strides: Strides,
+    pub(crate) q8: u64,
+    pub(crate) q_scale: u64,
+    pub(crate) q_shift: u64,
+    pub(crate) k8: u64,
+    pub(crate) k_scale: u64,
+    pub(crate) v8: u64,
+    pub(crate) partial: u64,
+    pub(crate) k_mean: u64,
+    pub(crate) v_amax: u64,
+    pub(crate) q_pool: u64,
+    pub(crate) k_pool: u64,
+    pub(crate) mask: u64,
+    pub(crate) counters: u64,
+    pub(crate) batch: i32,
+    pub(crate) heads: i32,
+    pub(crate) kv_heads: i32,
+    pub(crate) qo_len: i32,
+    pub(crate) kv_len: i32,
+    pub(crate) q_blocks: i32,
+    pub(crate) kv_blocks: i32,
+    pub(crate) mask_words: i32,
+    pub(crate) chunk: i32,
+    pub(crate) chunks: i32,
+    pub(crate) causal: i32,
+    pub(crate) diagonal: i32,
+    pub(crate) keep_first: i32,
+    pub(crate) scale_log2: f32,
+    pub(crate) budget: [Budget; MAX_HEADS],
+}
+
+// The size is asserted in types.cuh too.
+const _: () = assert!(size_of::<Args>() == 1320);
+const _: () = assert!(offset_of!(Args, q8) == 136);
+const _: () = assert!(offset_of!(Args, batch) == 240);
+const _: () = assert!(offset_of!(Args, budget) == 296);
+
+impl Default for Args {
+    fn default() -> Self {
+        Self {
+            q: 0,
+            k: 0,
+            v: 0,
+            o: 0,
+            lse: 0,
+            q_strides: Strides::default(),
+            k_strides: Strides::default(),
+            v_strides: Strides::default(),
+            o_strides: Strides::default(),
+            q8: 0,
+            q_scale: 0,
+            q_shift: 0,
+            k8: 0,
+            k_scale: 0,
+            v8: 0,
+            partial: 0,
+            k_mean: 0,
+            v_amax: 0,
+            q_pool: 0,
+            k_pool: 0,
+            mask: 0,
+            counters: 0,
+            batch: 0,
+            heads: 0,
+            kv_heads: 0,
+            qo_len: 0,
+            kv_len: 0,
+            q_blocks: 0,
+            kv_blocks: 0,
+            mask_words: 0,
+            chunk: 0,
+            chunks: 0,
+            causal: 0,
+            diagonal: 0,
+            keep_first: 0,
+            scale_log2: 0.0,
+            budget: [Budget::default(); MAX_HEADS],
+        }
+    }
+}
+
+/// Whether libcuda can be loaded.
+pub(crate) fn has_driver() -> bool {
+    // SAFETY: only looks for the library.
+    unsafe { cudarc::driver::sys::is_culib_present() }
+}
