@@ -132,11 +132,11 @@ pub(crate) struct SelectionArgs {
     #[arg(long, value_name = "COS", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) theta: Vec<f64>,
     /// Skip P·V where every score is this far below the row's maximum, in nats; inf turns it off
-    /// [default: 12]
+    /// [default: 6]
     #[arg(long, value_name = "GAP", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) lambda: Vec<f64>,
     /// Granularity of the prediction: block (the paper's), 16x16, 16x16-2nd, or QxK and QxK+var
-    /// (rows of q × rows of k per mean; with the second-order term) [default: 16x16]
+    /// (rows of q × rows of k per mean; with the second-order term) [default: 16x16-2nd]
     #[arg(long, value_name = "POOLING", value_parser = pooling)]
     pub(crate) pooling: Option<Pooling>,
     /// Blocks of 64 keys at the start that are always kept [default: 1]

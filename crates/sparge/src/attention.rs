@@ -90,6 +90,7 @@ pub fn forward<T: Element>(
     v: &TensorView<'_, T>,
     out: &mut [T],
 ) -> Result<Side> {
+    check(plan, q, k, v, out)?;
     let start = Instant::now();
     let mask = if plan.predicts() { Some(predict(plan, q, k)?) } else { None };
     let predicted = start.elapsed();
@@ -117,17 +118,13 @@ pub fn attend<T: Element>(
     mask: Option<&BlockMask>,
     out: &mut [T],
 ) -> Result<Side> {
-    plan.check_shape(&AttentionShape::of(q, k, v)?)?;
+    check(plan, q, k, v, out)?;
     if let Some(mask) = mask.filter(|mask| mask.shape() != plan.mask_shape()) {
         let expected = plan.mask_shape();
         return Err(Error::MaskShape { name: "mask", got: mask.shape(), expected });
     }
     let shape = plan.shape;
     let rows = shape.batch * shape.num_qo_heads * shape.qo_len;
-    let needed = rows * shape.head_dim_v;
-    if out.len() != needed {
-        return Err(Error::BufferTooShort { tensor: "out", got: out.len(), needed });
-    }
     let start = Instant::now();
     let mut lse = vec![f32::NEG_INFINITY; if plan.return_lse { rows } else { 0 }];
     let x = Qkv { q: *q, k: *k, v: *v };
@@ -138,4 +135,21 @@ pub fn attend<T: Element>(
     let mut stats = cpu::attend(plan, &x, quantized.as_ref(), mask, out, &mut lse);
     stats.attend = start.elapsed();
     Ok(Side { lse: plan.return_lse.then_some(lse), block_mask: None, stats })
+}
+
+/// Refuses tensors and outputs that are not the plan's.
+fn check<T: Element>(
+    plan: &Plan<'_>,
+    q: &TensorView<'_, T>,
+    k: &TensorView<'_, T>,
+    v: &TensorView<'_, T>,
+    out: &[T],
+) -> Result<()> {
+    plan.check_shape(&AttentionShape::of(q, k, v)?)?;
+    let s = &plan.shape;
+    let needed = s.batch * s.num_qo_heads * s.qo_len * s.head_dim_v;
+    if out.len() != needed {
+        return Err(Error::BufferTooShort { tensor: "out", got: out.len(), needed });
+    }
+    Ok(())
 }

@@ -37,6 +37,8 @@ pub struct Plan<'a> {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct HeadPlan {
     pub(crate) budget: Budget,
+    /// Nothing was asked for: short sequences run dense.
+    pub(crate) auto: bool,
     /// 0: judge off.
     pub(crate) theta: f64,
     /// Natural-log units; infinite: stage 2 off.
@@ -64,7 +66,9 @@ impl<'a> Plan<'a> {
     ) -> Result<Self> {
         shape.validate()?;
         let softmax_scale = options.softmax_scale.unwrap_or(1.0 / (shape.head_dim as f64).sqrt());
-        setting("softmax_scale", softmax_scale, softmax_scale.is_finite(), "a finite number")?;
+        let in_log2 = (softmax_scale * std::f64::consts::LOG2_E) as f32;
+        let expected = "a finite number, also in f32 and times log2(e)";
+        setting("softmax_scale", softmax_scale, in_log2.is_finite(), expected)?;
         if let (Some(_), Some(window)) = (options.causal, options.window)
             && window.right.is_some_and(|right| right != 0)
         {
@@ -151,7 +155,22 @@ impl<'a> Plan<'a> {
 
     /// Whether any head predicts.
     pub(crate) fn predicts(&self) -> bool {
-        self.heads.iter().any(|h| h.budget != Budget::All)
+        let heads = 0..self.heads.len();
+        (0..self.sequences.len()).any(|sequence| {
+            heads.clone().any(|head| self.head(HeadAt { sequence, head }).budget != Budget::All)
+        })
+    }
+
+    /// What a head skips in a sequence. The default runs dense where prediction cannot pay: few
+    /// keys, or so few queries that predicting reads as much as attending.
+    pub(crate) fn head(&self, at: HeadAt) -> HeadPlan {
+        let (head, seq) = (self.heads[at.head], &self.sequences[at.sequence]);
+        let short = seq.kv_len < Selection::AUTO_MIN_LEN || seq.q_len < Selection::AUTO_MIN_QUERIES;
+        if head.auto && short {
+            HeadPlan { budget: Budget::All, lambda: f64::INFINITY, ..head }
+        } else {
+            head
+        }
     }
 
     fn check_masks(&self) -> Result<()> {
@@ -315,13 +334,8 @@ fn heads(shape: &AttentionShape, config: &SpargeConfig) -> Result<Vec<HeadPlan>>
         setting("cdf", cdf, cdf > 0.0 && cdf <= 1.0, "above 0 and at most 1")?;
         setting("top_k", top_k, top_k > 0.0 && top_k <= 1.0, "above 0 and at most 1")?;
     }
-    let auto = if shape.kv_len < Selection::AUTO_MIN_LEN {
-        Budget::All
-    } else {
-        Budget::Some { cdf: Selection::AUTO_CDF, top_k: 0.0 }
-    };
     let budget = |selection| match selection {
-        Selection::Auto => auto,
+        Selection::Auto => Budget::Some { cdf: Selection::AUTO_CDF, top_k: 0.0 },
         Selection::All => Budget::All,
         // Every block, whatever its mass: nothing to predict.
         Selection::TopK(1.0)
@@ -335,6 +349,7 @@ fn heads(shape: &AttentionShape, config: &SpargeConfig) -> Result<Vec<HeadPlan>>
     Ok((0..n)
         .map(|head| HeadPlan {
             budget: budget(*config.selection.get(head)),
+            auto: *config.selection.get(head) == Selection::Auto && *config.theta.get(head) == 0.0,
             theta: *config.theta.get(head),
             lambda: *config.lambda.get(head),
         })

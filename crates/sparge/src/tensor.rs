@@ -200,7 +200,7 @@ impl<'a, T: Copy> TensorView<'a, T> {
     /// Where an index is out of range.
     #[must_use]
     pub fn row(&self, batch: usize, head: usize, token: usize) -> &'a [T] {
-        debug_assert!(batch < self.dims.batch && head < self.dims.heads && token < self.dims.len);
+        assert!(batch < self.dims.batch && head < self.dims.heads && token < self.dims.len);
         let s = &self.strides;
         let at = batch * s.batch + head * s.head + token * s.token;
         &self.data[at..at + self.dims.dim]

@@ -320,3 +320,54 @@ fn errors_name_what_is_wrong() {
     let bad = Csr { shape: [1, 1, 1, 4], indptr: vec![0, 2], indices: vec![3, 1] };
     assert!(matches!(bad.to_mask(), Err(Error::Csr(_))));
 }
+
+#[test]
+fn the_default_is_exact_below_the_crossover_also_under_a_sink() {
+    // One key 6.5 nats above 999 equal ones: stage 2 at the default λ would drop over half of it.
+    let (len, dim) = (1000, 4);
+    let q = directions(len, 1024, |_| 0);
+    let mut k = vec![0.0; len * dim];
+    k[0] = 6.5 / 3.0;
+    let v = structured(3, 1, len, dim);
+    let (q, k, v) = (view(&q, 1, len, dim), view(&k, 1, len, dim), view(&v, 1, len, dim));
+    let run = |config| attention(&q, &k, &v, &AttentionOptions::default(), &config).unwrap();
+    assert_eq!(run(SpargeConfig::default()).o, run(SpargeConfig::dense()).o);
+    // Packed, each sequence counts by itself.
+    let cu = [0, 300, 1000];
+    let lengths = Lengths::Packed { cu_seqlens_q: &cu, cu_seqlens_k: &cu };
+    let options = AttentionOptions { lengths, ..AttentionOptions::default() };
+    let packed = |config| attention(&q, &k, &v, &options, &config).unwrap();
+    assert_eq!(packed(SpargeConfig::default()).o, packed(SpargeConfig::dense()).o);
+}
+
+#[test]
+fn a_bias_of_f32_min_is_a_number_and_hides_nothing() {
+    let (len, dim) = (256, 8);
+    let x = structured(1, 1, len, dim);
+    let x = view(&x, 1, len, dim);
+    let all = vec![f32::MIN; len * len];
+    let causal: Vec<f32> =
+        (0..len * len).map(|i| if i % len <= i / len { 0.0 } else { f32::MIN }).collect();
+    let run = |bias: &[f32], config: &SpargeConfig| {
+        let element_mask =
+            Some(ElementMask::Additive(TensorView::hnd(bias, [1, 1, len, len]).unwrap()));
+        let options = AttentionOptions { element_mask, ..AttentionOptions::default() };
+        attention(&x, &x, &x, &options, config).unwrap()
+    };
+    let mean: f32 = (0..len).map(|i| x.row(0, 0, i)[0]).sum::<f32>() / len as f32;
+    let keep = |f| SpargeConfig {
+        selection: Selection::TopK(f).into(),
+        keep_first: 0,
+        ..SpargeConfig::default()
+    };
+    for config in [SpargeConfig::dense(), keep(0.5)] {
+        let o = run(&all, &config).o;
+        assert!((o[0] - mean).abs() < 1e-4, "{} {mean}", o[0]);
+    }
+    // The first query block sees key blocks 0 and 1 only; half of four blocks are those two.
+    let got = run(&causal, &keep(0.5)).o;
+    let expected = run(&causal, &SpargeConfig::dense()).o;
+    for (a, b) in got[..128 * dim].iter().zip(&expected) {
+        assert!((a - b).abs() < 1e-5);
+    }
+}

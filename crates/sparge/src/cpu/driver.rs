@@ -29,7 +29,7 @@ pub(crate) fn attend<T: Element>(
     // Each thread takes the next job from one list, longest first: the tail of the run is made of
     // short jobs, so threads finish together however uneven the mask is.
     let mut order: Vec<usize> = (0..jobs.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(jobs[i].kv_blocks.len()));
+    order.sort_by_key(|&i| std::cmp::Reverse(jobs[i].kv_blocks));
     let next = AtomicUsize::new(0);
     let work = || {
         let mut worker = Worker::default();
@@ -37,7 +37,7 @@ pub(crate) fn attend<T: Element>(
             let mut slot = slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let Slot { rows, lse, groups } = &mut *slot;
             let lse = (!lse.is_empty()).then_some(&mut **lse);
-            *groups = worker.attend(plan, x, quantized, &jobs[i], rows, lse);
+            *groups = worker.attend(plan, x, quantized, mask, &jobs[i], rows, lse);
         }
     };
     let threads = rayon::current_num_threads().min(jobs.len());
@@ -63,18 +63,15 @@ fn jobs(plan: &Plan<'_>, mask: Option<&BlockMask>, stats: &mut Stats) -> Vec<Blo
             let mut count = HeadStats::default();
             for q_block in 0..seq.q_blocks() {
                 let rows = seq.q_block(q_block);
-                let mut kv_blocks = Vec::new();
-                for block in 0..seq.kv_blocks() {
-                    if plan.coverage(at, &rows, block) == Coverage::Empty {
-                        continue;
-                    }
+                let mut kv_blocks = 0;
+                for block in plan.reachable(at, q_block) {
                     count.reachable_blocks += 1;
                     count.reachable_groups += reachable_groups(plan, at, &rows, block);
                     if mask.is_none_or(|mask| mask.get(sequence, head, q_block, block)) {
-                        kv_blocks.push(block);
+                        kv_blocks += 1;
                     }
                 }
-                count.qk_blocks += kv_blocks.len() as u64;
+                count.qk_blocks += kv_blocks as u64;
                 jobs.push(BlockJob { at, q_block, kv_blocks });
             }
             *stats.head_mut(sequence, head) = count;

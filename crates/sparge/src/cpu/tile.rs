@@ -3,6 +3,7 @@
 use super::kernels::{Accumulator, PackedQ, PackedQ8, QuantizedRows, Rows, Running, STRIP, Scores};
 use crate::config::QkPrecision;
 use crate::geometry::{BLOCK_KV, BLOCK_Q, Coverage, Sequence};
+use crate::mask::BlockMask;
 use crate::plan::{HeadAt, Plan, RowMask};
 use crate::quant::Quantized;
 use crate::tensor::{Element, TensorView};
@@ -19,13 +20,13 @@ pub(crate) struct Qkv<'a, T> {
     pub(crate) v: TensorView<'a, T>,
 }
 
-/// A query block and the key blocks it attends to.
-#[derive(Debug)]
+/// A query block.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct BlockJob {
     pub(crate) at: HeadAt,
     pub(crate) q_block: usize,
-    /// Ascending; every one reachable.
-    pub(crate) kv_blocks: Vec<usize>,
+    /// How many key blocks it attends to.
+    pub(crate) kv_blocks: usize,
 }
 
 /// Everything a thread needs, allocated once per call.
@@ -63,6 +64,7 @@ impl Worker {
         plan: &Plan<'_>,
         x: &Qkv<'_, T>,
         quantized: Option<&Quantized>,
+        mask: Option<&BlockMask>,
         job: &BlockJob,
         out: &mut [&mut [T]],
         mut lse: Option<&mut [f32]>,
@@ -77,7 +79,7 @@ impl Worker {
             strip.start(plan, &x.q, job.at, &seq, range, pitch, &mut self.stage.q);
         }
         let mut groups = 0;
-        for &block in &job.kv_blocks {
+        for block in plan.kept(mask, job.at, job.q_block) {
             let keys = seq.kv_block(block);
             let (k, v) = self.stage.tiles(plan, x, job.at, &seq, &keys, pitch);
             let k8 = quantized
@@ -171,7 +173,7 @@ impl Strip {
         }
         (kernels.softmax)(&mut s, &mut self.running);
 
-        let lambda = (plan.heads[tile.at.head].lambda * std::f64::consts::LOG2_E) as f32;
+        let lambda = (plan.head(tile.at).lambda * std::f64::consts::LOG2_E) as f32;
         // A masked pair has P = 0, which must not meet a NaN or ∞ in V.
         let guarded = tile.coverage == Coverage::Partial && !is_finite(&tile.v);
         let mut groups = 0;
@@ -307,7 +309,8 @@ fn apply_mask(plan: &Plan<'_>, tile: &Tile<'_>, rows: &Range<usize>, s: &mut Sco
             if !row.sees(j) {
                 *s = f32::NEG_INFINITY;
             } else if let RowMask::Bias(bias) = row.mask {
-                *s += bias[j] * std::f32::consts::LOG2_E;
+                // f32::MIN, which many libraries mask with, is a number: it must stay one.
+                *s += (bias[j] * std::f32::consts::LOG2_E).clamp(f32::MIN / 2.0, f32::MAX);
             }
         }
     }

@@ -61,6 +61,9 @@ impl Csr {
                 self.indices.len()
             ));
         }
+        if kv > u32::MAX as usize {
+            return bad(format!("{kv} key blocks, expected at most {}", u32::MAX));
+        }
         // Check before allocating: a hostile shape must not decide how much memory is taken.
         for row in 0..rows {
             let (from, to) = (self.indptr[row], self.indptr[row + 1]);

@@ -39,7 +39,10 @@ impl BlockMask {
             .and_then(|x| x.checked_mul(words_per_row))
             .filter(|&x| x <= isize::MAX as usize / 64)
             .ok_or(Error::Overflow { tensor: "block_mask" })?;
-        Ok(Self { shape, words_per_row, words: vec![0; words] })
+        let mut storage = Vec::new();
+        storage.try_reserve_exact(words).map_err(|_| Error::Overflow { tensor: "block_mask" })?;
+        storage.resize(words, 0);
+        Ok(Self { shape, words_per_row, words: storage })
     }
 
     /// A mask from one byte per block, row-major, nonzero = set.
@@ -47,7 +50,6 @@ impl BlockMask {
     /// # Errors
     /// [`Error::BufferTooShort`] where `bytes` is not exactly the shape's size.
     pub fn from_bytes(shape: [usize; 4], bytes: &[u8]) -> Result<Self> {
-        let mut mask = Self::empty(shape)?;
         let needed = shape
             .iter()
             .try_fold(1usize, |a, &b| a.checked_mul(b))
@@ -55,6 +57,7 @@ impl BlockMask {
         if bytes.len() != needed {
             return Err(Error::BufferTooShort { tensor: "block_mask", got: bytes.len(), needed });
         }
+        let mut mask = Self::empty(shape)?;
         if needed > 0 {
             for (words, row) in
                 mask.words.chunks_mut(mask.words_per_row).zip(bytes.chunks(shape[3]))

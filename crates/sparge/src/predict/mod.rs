@@ -34,8 +34,9 @@ pub fn predict<T: Element>(
     let pooled: Vec<Option<PooledKeys>> = (0..plan.sequences.len() * kv_heads)
         .into_par_iter()
         .map(|i| {
-            let heads = &plan.heads[i % kv_heads * group..][..group];
-            let needed = heads.iter().any(|h| h.budget != Budget::All);
+            let (sequence, first) = (i / kv_heads, i % kv_heads * group);
+            let needed = (first..first + group)
+                .any(|head| plan.head(HeadAt { sequence, head }).budget != Budget::All);
             needed.then(|| PooledKeys::new(plan, k, i / kv_heads, i % kv_heads))
         })
         .collect();
@@ -50,7 +51,7 @@ pub fn predict<T: Element>(
         }
         let keys = pooled[at.sequence * kv_heads + plan.shape.kv_head(at.head)].as_ref();
         let mut keep = |j: usize| words[j / 64] |= 1 << (j % 64);
-        match (plan.heads[at.head].budget, keys) {
+        match (plan.head(at).budget, keys) {
             (Budget::Some { cdf, top_k }, Some(keys)) => {
                 let row = scorer.row(plan, q, at, q_block, keys);
                 select::select(row, cdf, top_k, keep);
@@ -126,6 +127,17 @@ impl Plan<'_> {
         let seq = self.sequences[at.sequence];
         let rows = seq.q_block(q_block);
         (0..seq.kv_blocks()).filter(move |&j| self.coverage(at, &rows, j) != Coverage::Empty)
+    }
+
+    /// The reachable blocks that `mask` holds (all for `None`).
+    pub(crate) fn kept<'m>(
+        &'m self,
+        mask: Option<&'m BlockMask>,
+        at: HeadAt,
+        q_block: usize,
+    ) -> impl Iterator<Item = usize> + 'm {
+        self.reachable(at, q_block)
+            .filter(move |&j| mask.is_none_or(|mask| mask.get(at.sequence, at.head, q_block, j)))
     }
 
     /// Every reachable block.

@@ -192,7 +192,8 @@ impl Scorer {
             }
         }
         if total == 0.0 {
-            return true;
+            // Every score is out of range: nothing is known.
+            return false;
         }
         for &block in scored {
             let from = (block - span.start) * per_block;
@@ -209,7 +210,7 @@ impl Scorer {
     }
 }
 
-/// Removes pooled queries that see none of `sub_keys`, and adds the mean bias of the others.
+/// Removes pooled queries that see none of `sub_keys`, and adds the bias of the others.
 fn cut(
     plan: &Plan<'_>,
     at: HeadAt,
@@ -222,15 +223,21 @@ fn cut(
         if plan.tile_coverage(at, &sub_rows, sub_keys) == Coverage::Empty {
             line[r] = f32::NEG_INFINITY;
         } else if let Some(ElementMask::Additive(_)) = plan.element_mask {
-            let mut sum = 0.0f64;
-            let mut count = 0u32;
+            // log2 of the mean of exp(bias): one pair at −1e38 must not hide the others.
+            let (mut max, mut sum, mut count) = (f64::NEG_INFINITY, 0.0f64, 0u32);
             for i in sub_rows {
                 for j in sub_keys.clone().filter(|&j| plan.sees(at, i, j)) {
-                    sum += f64::from(plan.bias(at, i, j));
+                    let bias = f64::from(plan.bias(at, i, j));
+                    if bias > max {
+                        sum *= (max - bias).exp();
+                        max = bias;
+                    }
+                    sum += (bias - max).exp();
                     count += 1;
                 }
             }
-            line[r] += (sum / f64::from(count) * std::f64::consts::LOG2_E) as f32;
+            let bias = (max + (sum / f64::from(count)).ln()) * std::f64::consts::LOG2_E;
+            line[r] += bias as f32;
         }
     }
 }

@@ -105,7 +105,7 @@ fn rows<T: Element>(
                         .collect()
                 })
                 .collect();
-            let skipped = stage_two.map(|rules| skips(&scores, plan.heads[head].lambda, rules));
+            let skipped = stage_two.map(|rules| skips(&scores, plan.head(at).lambda, rules));
             for (i, scores) in scores.iter().enumerate() {
                 let skips = |j: usize| skipped.as_ref().is_some_and(|s| s[i][j / BLOCK_KV]);
                 let in_denominator =

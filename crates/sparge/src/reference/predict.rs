@@ -71,7 +71,7 @@ fn predict_row(
     let rows = seq.q_block(q_block);
     let reachable: Vec<usize> =
         (0..seq.kv_blocks()).filter(|&j| plan.coverage(at, &rows, j) != Coverage::Empty).collect();
-    let Budget::Some { cdf, top_k } = plan.heads[at.head].budget else {
+    let Budget::Some { cdf, top_k } = plan.head(at).budget else {
         return Row { kept: reachable, margin: f64::INFINITY };
     };
     if !judged.q_similar[q_block] {
@@ -182,7 +182,8 @@ fn masses(
         }
         let max = scores.iter().fold(f64::NEG_INFINITY, |m, s| m.max(s.1));
         let sum: f64 = scores.iter().map(|s| (s.1 - max).exp()).sum();
-        if !sum.is_finite() || !max.is_finite() {
+        // f32 implementations run out of range there.
+        if !sum.is_finite() || !max.is_finite() || max.abs() > f64::from(f32::MAX) / 2.0 {
             return None;
         }
         let share = sub_rows.len() as f64;
@@ -195,7 +196,7 @@ fn masses(
     Some(masses)
 }
 
-/// The mean of an additive mask's finite entries over a tile's visible pairs.
+/// ln of the mean of exp(additive mask) over a tile's visible pairs.
 fn mean_bias(plan: &Plan<'_>, at: HeadAt, rows: &Range<usize>, keys: &Range<usize>) -> f64 {
     let seen: Vec<f64> = rows
         .clone()
@@ -203,7 +204,8 @@ fn mean_bias(plan: &Plan<'_>, at: HeadAt, rows: &Range<usize>, keys: &Range<usiz
         .filter(|&(i, j)| plan.sees(at, i, j))
         .map(|(i, j)| f64::from(plan.bias(at, i, j)))
         .collect();
-    seen.iter().sum::<f64>() / seen.len() as f64
+    let max = seen.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    max + (seen.iter().map(|b| (b - max).exp()).sum::<f64>() / seen.len() as f64).ln()
 }
 
 /// The judge's verdict on every block of a head.

@@ -24,7 +24,8 @@ pub struct Rules {
     /// The judge's measure.
     pub similarity: Similarity,
     /// Causal only: the mean that smooths key block j before it is judged is that of the keys up
-    /// to the block's end, so that no row depends on later tokens. Otherwise the sequence's.
+    /// to the block's end, so that
+    /// nothing depends on tokens after the block. Otherwise the sequence's.
     pub prefix_mean: bool,
     /// A last block with fewer rows than the others counts as not self-similar (the authors' code
     /// divides its zero padding by zero).
