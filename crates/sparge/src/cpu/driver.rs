@@ -1,7 +1,7 @@
 //! Cuts a call into query blocks and runs them on the current rayon pool, the longest first.
 
 use super::kernels::STRIP;
-use super::tile::{BlockJob, Qkv, SKIP_ROWS, Worker};
+use super::tile::{BlockJob, Call, Qkv, SKIP_ROWS, Worker};
 use crate::geometry::Coverage;
 use crate::mask::BlockMask;
 use crate::plan::{HeadAt, Plan};
@@ -22,6 +22,7 @@ pub(crate) fn attend<T: Element>(
     out: &mut [T],
     lse: &mut [f32],
 ) -> Stats {
+    let call = Call { x, quantized, mask };
     let mut stats = Stats::new(plan.mask_shape());
     let jobs = jobs(plan, mask, &mut stats);
     let slots = slots(plan, &jobs, out, lse);
@@ -37,7 +38,7 @@ pub(crate) fn attend<T: Element>(
             let mut slot = slots[i].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let Slot { rows, lse, groups } = &mut *slot;
             let lse = (!lse.is_empty()).then_some(&mut **lse);
-            *groups = worker.attend(plan, x, quantized, mask, &jobs[i], rows, lse);
+            *groups = worker.attend(plan, &call, &jobs[i], rows, lse);
         }
     };
     let threads = rayon::current_num_threads().min(jobs.len());

@@ -20,6 +20,14 @@ pub(crate) struct Qkv<'a, T> {
     pub(crate) v: TensorView<'a, T>,
 }
 
+/// What all jobs of a call read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Call<'a, T> {
+    pub(crate) x: &'a Qkv<'a, T>,
+    pub(crate) quantized: Option<&'a Quantized>,
+    pub(crate) mask: Option<&'a BlockMask>,
+}
+
 /// A query block.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BlockJob {
@@ -62,13 +70,12 @@ impl Worker {
     pub(crate) fn attend<T: Element>(
         &mut self,
         plan: &Plan<'_>,
-        x: &Qkv<'_, T>,
-        quantized: Option<&Quantized>,
-        mask: Option<&BlockMask>,
+        call: &Call<'_, T>,
         job: &BlockJob,
         out: &mut [&mut [T]],
         mut lse: Option<&mut [f32]>,
     ) -> u64 {
+        let Call { x, quantized, mask } = *call;
         let seq = plan.sequences[job.at.sequence];
         let rows = seq.q_block(job.q_block);
         let strips = rows.len().div_ceil(STRIP);
