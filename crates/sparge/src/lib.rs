@@ -3,7 +3,7 @@
 //! This crate is SpargeAttn ([arXiv 2502.18137](https://arxiv.org/abs/2502.18137)) as an operator:
 //! [`attention`] takes q, k and v and returns softmax(q·kᵀ)·v, computing only the blocks of the
 //! attention map that matter. Stage 1 ([`predict()`]) finds them from pooled queries and keys;
-//! stage 2 skips P·V inside the kernel where the softmax cannot matter. [`reference`] is the same
+//! stage 2 skips P·V inside the kernel where the softmax cannot matter. [`mod@reference`] is the same
 //! algorithm in plain f64, which everything else is tested against.
 //!
 //! Read [`attention`] first, then [`SpargeConfig`] and [`AttentionOptions`].
