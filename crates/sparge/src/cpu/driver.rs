@@ -7,7 +7,7 @@ use crate::mask::BlockMask;
 use crate::plan::{HeadAt, Plan};
 use crate::quant::Quantized;
 use crate::stats::{HeadStats, Stats};
-use crate::tensor::{Dims, Element, Layout};
+use crate::tensor::{Element, Layout};
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -106,13 +106,7 @@ fn slots<'o, T: Element>(
     out: &'o mut [T],
     mut lse: &'o mut [f32],
 ) -> Vec<Mutex<Slot<'o, T>>> {
-    let shape = &plan.shape;
-    let dims = Dims {
-        batch: shape.batch,
-        heads: shape.num_qo_heads,
-        len: shape.qo_len,
-        dim: shape.head_dim_v,
-    };
+    let dims = plan.shape.output_dims();
     // Rows in [batch, head, token] order, whatever the layout.
     let mut rows: Vec<Option<&'o mut [T]>> =
         (0..dims.batch * dims.heads * dims.len).map(|_| None).collect();

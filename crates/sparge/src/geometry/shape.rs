@@ -1,7 +1,7 @@
 //! The sizes of one call, its sequences and its blocks.
 
 use crate::error::{Error, Result};
-use crate::tensor::TensorView;
+use crate::tensor::{Dims, TensorView};
 use std::ops::Range;
 
 /// Query rows per block, on every device.
@@ -94,6 +94,11 @@ impl AttentionShape {
             .filter(|&x| x <= isize::MAX as usize / 8)
             .ok_or(Error::Overflow { tensor: "the output" })?;
         Ok(())
+    }
+
+    /// The output tensor's sizes.
+    pub(crate) fn output_dims(&self) -> Dims {
+        Dims { batch: self.batch, heads: self.num_qo_heads, len: self.qo_len, dim: self.head_dim_v }
     }
 
     /// The key/value head that query head `head` reads.

@@ -14,7 +14,7 @@ pub use rules::{Rules, Similarity, TopKOf};
 use crate::geometry::{BLOCK_KV, BLOCK_Q};
 use crate::mask::BlockMask;
 use crate::plan::{HeadAt, Plan};
-use crate::tensor::{Dims, Element, Strides, TensorView};
+use crate::tensor::{Element, Strides, TensorView};
 
 /// What the reference computes.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,7 +80,7 @@ fn rows<T: Element>(
     stage_two: Option<&Rules>,
 ) -> Output {
     let shape = &plan.shape;
-    let dims = output_dims(plan);
+    let dims = shape.output_dims();
     let strides = Strides::contiguous(dims, plan.layout);
     let mut out = Output {
         o: vec![0.0; dims.batch * dims.heads * dims.len * dims.dim],
@@ -170,14 +170,4 @@ fn nan_max(a: f64, b: f64) -> f64 {
 
 fn dot<T: Element>(a: &[T], b: &[T]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(a.to_f32()) * f64::from(b.to_f32())).sum()
-}
-
-/// The output tensor's sizes.
-fn output_dims(plan: &Plan<'_>) -> Dims {
-    Dims {
-        batch: plan.shape.batch,
-        heads: plan.shape.num_qo_heads,
-        len: plan.shape.qo_len,
-        dim: plan.shape.head_dim_v,
-    }
 }
