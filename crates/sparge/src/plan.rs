@@ -161,11 +161,13 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// What a head skips in a sequence. The default runs dense where prediction cannot pay: few
-    /// keys, or so few queries that predicting reads as much as attending.
+    /// What a head skips in a sequence. The default runs dense where prediction cannot pay: no row
+    /// reaches many keys (a short sequence, a narrow window: nearly all would be kept), or so few
+    /// queries that predicting reads as much as attending.
     pub(crate) fn head(&self, at: HeadAt) -> HeadPlan {
         let (head, seq) = (self.heads[at.head], &self.sequences[at.sequence]);
-        let short = seq.kv_len < Selection::AUTO_MIN_LEN || seq.q_len < Selection::AUTO_MIN_QUERIES;
+        let reach = self.visibility[at.sequence].reach(seq.q_len);
+        let short = reach < Selection::AUTO_MIN_LEN || seq.q_len < Selection::AUTO_MIN_QUERIES;
         if head.auto && short {
             HeadPlan { budget: Budget::All, lambda: f64::INFINITY, ..head }
         } else {
