@@ -1,11 +1,12 @@
 //! The operator as a model's attention.
 
 use sparge::{
-    Alignment, AttentionOptions, AttentionShape, Dims, HeadStats, Layout, Plan, SpargeConfig,
-    Stats, Strides, TensorView, forward,
+    Alignment, AttentionOptions, AttentionShape, HeadStats, Layout, Plan, SpargeConfig, Stats,
+    Strides, forward,
 };
 
-use crate::attention::{Attention, AttentionCall, HeadsView};
+use crate::attention::{Attention, AttentionCall};
+use crate::decode::{decode, view};
 
 /// Fewer queries than this run dense: a decoding step reads every key once, and predicting which
 /// to skip reads them too.
@@ -79,6 +80,9 @@ impl Attention for SpargeAttention {
         &mut self,
         mut call: AttentionCall<'_>,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        if call.q.shape()[1] == 1 {
+            return Ok(decode(&mut call, &self.dense)?);
+        }
         let (q, k, v) = (view(&call.q)?, view(&call.k)?, view(&call.v)?);
         let dims = q.dims();
         let prefill = dims.len >= MIN_QUERIES;
@@ -101,13 +105,4 @@ impl Attention for SpargeAttention {
         }
         Ok(())
     }
-}
-
-fn view<'a>(x: &HeadsView<'a>) -> sparge::Result<TensorView<'a, f32>> {
-    let ([heads, len, dim], [head, token]) = (x.shape(), x.strides());
-    TensorView::strided(
-        x.data(),
-        Dims { batch: 1, heads, len, dim },
-        Strides { batch: 0, head, token },
-    )
 }

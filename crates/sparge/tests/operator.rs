@@ -216,7 +216,8 @@ fn default_runs_dense_below_the_crossover() {
     // What counts is how far a row reaches, not how long the sequence is.
     let x = structured(1, 1, 2 * Selection::AUTO_MIN_LEN, 8);
     let x = view(&x, 1, 2 * Selection::AUTO_MIN_LEN, 8);
-    for (left, predicts) in [(Selection::AUTO_MIN_LEN - 2, false), (Selection::AUTO_MIN_LEN, true)] {
+    for (left, predicts) in [(Selection::AUTO_MIN_LEN - 2, false), (Selection::AUTO_MIN_LEN, true)]
+    {
         let options = AttentionOptions {
             causal: Some(Alignment::TopLeft),
             window: Some(Window { left: Some(left), right: Some(0) }),

@@ -56,7 +56,7 @@ fn compare(name: &str, [heads, len, dim]: [usize; 3], causal: bool) -> Result<()
         let b = attention(&q, &k, &v, &options, &config)?;
         ours.push(start.elapsed().as_secs_f64());
         let a: Vec<f32> = a.flatten_all()?.to_vec1()?;
-        difference = a.iter().zip(&b.output).fold(0.0, |m, (a, b)| m.max((a - b).abs()));
+        difference = a.iter().zip(&b.o).fold(0.0, |m, (a, b)| m.max((a - b).abs()));
     }
     ensure!(difference < 1e-3, "outputs differ by {difference}: one of the two is wrong");
     let median = |x: &mut Vec<f64>| {

@@ -81,9 +81,7 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn load_bytes(self, from: &Self::Bytes) -> Self::I {
-        std::array::from_fn(|lane| {
-            i32::from_le_bytes(std::array::from_fn(|i| from[4 * lane + i]))
-        })
+        std::array::from_fn(|lane| i32::from_le_bytes(std::array::from_fn(|i| from[4 * lane + i])))
     }
     #[inline(always)]
     fn splat_bytes(self, k: [i8; 4]) -> Self::I {
