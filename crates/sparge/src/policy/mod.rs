@@ -123,38 +123,34 @@ impl Policy {
         matches!(self, Self::VerticalSlash { .. } | Self::FlexPrefill { .. })
     }
 
-    /// Refuses settings out of range, and calls the method has no meaning for.
-    fn check(&self, plan: &Plan<'_>) -> Result<()> {
-        let (setting, causal_only, reads) = match *self {
-            Self::Dense => (None, false, false),
-            Self::Window { tokens, .. } => (at_least("window tokens", tokens, 1), false, false),
-            Self::Random { density, .. } => (share("random density", density), false, false),
-            Self::VerticalSlash { .. } => (None, true, true),
-            Self::AShape { local, .. } => (at_least("a-shape local", local, 1), false, false),
-            Self::BlockSparse { blocks } => {
-                (at_least("block-sparse blocks", blocks, 1), false, true)
-            }
+    /// Refuses settings out of range.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] or [`Error::Dimension`] with the setting's name.
+    pub fn validate(&self) -> Result<()> {
+        match *self {
+            Self::Dense | Self::VerticalSlash { .. } => Ok(()),
+            Self::Window { tokens, .. } => at_least_one("window tokens", tokens),
+            Self::AShape { local, .. } => at_least_one("a-shape local", local),
+            Self::BlockSparse { blocks } => at_least_one("block-sparse blocks", blocks),
+            Self::Random { density, .. } => share("random density", density),
             Self::FlexPrefill { gamma, tau, .. } => {
-                let tau = (!(0.0..=1.0).contains(&tau)).then_some(Error::Setting {
-                    name: "flexprefill tau",
-                    got: tau,
-                    expected: "0 to 1",
-                });
-                (share("flexprefill gamma", gamma).or(tau), true, true)
+                share("flexprefill gamma", gamma)?;
+                let ok = (0.0..=1.0).contains(&tau);
+                setting("flexprefill tau", tau, ok, "0 to 1")
             }
             Self::XAttention { stride, threshold } => {
-                let known = stride.is_power_of_two() && (2..=64).contains(&stride);
-                let stride = (!known).then_some(Error::Setting {
-                    name: "xattention stride",
-                    got: stride as f64,
-                    expected: "2, 4, 8, 16, 32 or 64",
-                });
-                (share("xattention threshold", threshold).or(stride), false, true)
+                share("xattention threshold", threshold)?;
+                let ok = stride.is_power_of_two() && (2..=64).contains(&stride);
+                setting("xattention stride", stride as f64, ok, "2, 4, 8, 16, 32 or 64")
             }
-        };
-        if let Some(error) = setting {
-            return Err(error);
         }
+    }
+
+    /// Refuses calls the method has no meaning for.
+    fn check(&self, plan: &Plan<'_>) -> Result<()> {
+        self.validate()?;
+        let causal_only = self.looks_ahead();
         if causal_only && plan.visibility.iter().any(|v| !v.is_causal()) {
             return Err(Error::Conflict {
                 a: "a policy made from the last queries' diagonals (minference, flexprefill)",
@@ -162,7 +158,9 @@ impl Policy {
                 remedy: "set causal, or take xattention, block-sparse, window or random",
             });
         }
-        if reads && plan.element_mask.is_some() {
+        let estimates =
+            causal_only || matches!(self, Self::BlockSparse { .. } | Self::XAttention { .. });
+        if estimates && plan.element_mask.is_some() {
             return Err(Error::Conflict {
                 a: "a policy that estimates scores (minference, block-sparse, flexprefill, xattention)",
                 b: "an element mask",
@@ -174,13 +172,16 @@ impl Policy {
     }
 }
 
-fn at_least(name: &'static str, got: usize, least: usize) -> Option<Error> {
-    (got < least).then_some(Error::Dimension { name, got, expected: "at least 1" })
+fn at_least_one(name: &'static str, got: usize) -> Result<()> {
+    if got > 0 { Ok(()) } else { Err(Error::Dimension { name, got, expected: "at least 1" }) }
 }
 
-fn share(name: &'static str, got: f64) -> Option<Error> {
-    let ok = got > 0.0 && got <= 1.0;
-    (!ok).then_some(Error::Setting { name, got, expected: "above 0 and at most 1" })
+fn share(name: &'static str, got: f64) -> Result<()> {
+    setting(name, got, got > 0.0 && got <= 1.0, "above 0 and at most 1")
+}
+
+fn setting(name: &'static str, got: f64, ok: bool, expected: &'static str) -> Result<()> {
+    if ok { Ok(()) } else { Err(Error::Setting { name, got, expected }) }
 }
 
 /// The blocks `policy` computes for q `[batch, num_qo_heads, qo_len, head_dim]` and
