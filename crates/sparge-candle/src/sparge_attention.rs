@@ -1,5 +1,6 @@
 //! The operator as a model's attention.
 
+use sparge::policy::{self, Policy};
 use sparge::{
     Alignment, AttentionOptions, AttentionShape, HeadStats, Layout, Plan, SpargeConfig, Stats,
     Strides, forward,
@@ -24,6 +25,8 @@ const MIN_QUERIES: usize = 16;
 #[derive(Debug, Clone)]
 pub struct SpargeAttention {
     config: SpargeConfig,
+    /// Chooses the blocks instead of the configuration's selection.
+    policy: Option<Policy>,
     dense: SpargeConfig,
     /// `[layer][head]`, prefill only.
     layers: Vec<Vec<HeadStats>>,
@@ -38,11 +41,20 @@ impl SpargeAttention {
         let dense = SpargeConfig { isa: config.isa, ..SpargeConfig::dense() };
         Self {
             config,
+            policy: None,
             dense,
             layers: Vec::new(),
             predict: Default::default(),
             attend: Default::default(),
         }
+    }
+
+    /// Prefill over the blocks that `policy` chooses; `config` gives stage 2 and the arithmetic, its
+    /// selection is not used. A policy that [looks ahead](Policy::looks_ahead) wants the prompt in
+    /// one chunk ([`crate::models::PrefillOptions::chunk`]).
+    #[must_use]
+    pub fn with_policy(policy: Policy, config: SpargeConfig) -> Self {
+        Self { policy: Some(policy), ..Self::new(config) }
     }
 
     /// Counts of every prefill since it was made, `[layer][head]`.
@@ -99,7 +111,10 @@ impl Attention for SpargeAttention {
             return Err("the output is not contiguous [tokens, heads, head_dim]".into());
         }
         let out = &mut call.out.data()[..dims.len * dims.heads * dims.dim];
-        let side = forward(&plan, &q, &k, &v, out)?;
+        let side = match &self.policy {
+            Some(policy) if prefill => policy::forward(&plan, &q, &k, &v, policy, out)?,
+            _ => forward(&plan, &q, &k, &v, out)?,
+        };
         if prefill {
             self.count(call.layer, &side.stats);
         }

@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::flags::{LayoutArg, SelectionArgs, VisibilityArgs};
 use crate::input::{Extras, Qkv, element_type};
+use crate::policy::Policy;
 use crate::safetensor::{self, Entry, Reader, Stored};
 use crate::terminal::{self, percent, seconds};
 use crate::{Context, memory, output};
@@ -15,6 +16,7 @@ use sparge::{
     SpargeConfig, TensorView, metrics,
 };
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Instant;
 
 /// Attention on tensors from a safetensors file.
@@ -45,6 +47,10 @@ pub(crate) struct Args {
     /// Exact attention over everything the masks allow
     #[arg(long, conflicts_with_all = ["topk", "cdf", "theta", "lambda", "pooling", "keep_first", "qk"])]
     dense: bool,
+    /// Choose the blocks by a named policy instead, see `sparge eval --help`
+    #[arg(long, value_name = "POLICY", value_parser = Policy::from_str,
+          conflicts_with_all = ["dense", "reference", "topk", "cdf", "theta", "lambda", "pooling", "keep_first", "qk"])]
+    policy: Option<Policy>,
     /// Compute with the plain f64 reference (slow; o and lse are then F64)
     #[arg(long, conflicts_with = "qk")]
     reference: bool,
@@ -139,7 +145,10 @@ fn attend<T: Stored + Element>(
     let config = if args.dense {
         SpargeConfig { isa: context.isa, ..SpargeConfig::dense() }
     } else {
-        args.selection.config(context.isa)?
+        match &args.policy {
+            Some(policy) => policy.config(context.isa),
+            None => args.selection.config(context.isa)?,
+        }
     };
     let sequences = lengths.len().max(shape.batch);
     check_memory(args, &shape, sequences, [longest_q, longest_kv], size_of::<T>())?;
@@ -149,7 +158,7 @@ fn attend<T: Stored + Element>(
     let result = if args.reference {
         by_reference(&plan, &options, &views, args)?
     } else {
-        by_operator(&plan, &views)?
+        by_operator(&plan, &views, args.policy.as_ref())?
     };
     let compared = args.compare.then(|| compare(&result, &options, &views, context)).transpose()?;
 
@@ -212,12 +221,17 @@ struct Computed<T> {
 
 fn by_operator<T: Element>(
     plan: &Plan<'_>,
-    [q, k, v]: &[TensorView<'_, T>; 3],
+    views: &[TensorView<'_, T>; 3],
+    policy: Option<&Policy>,
 ) -> Result<Computed<T>> {
     let shape = plan.shape();
     let mut o =
         vec![T::default(); shape.batch * shape.num_qo_heads * shape.qo_len * shape.head_dim_v];
-    let side = sparge::forward(plan, q, k, v, &mut o)?;
+    let [q, k, v] = views;
+    let side = match policy {
+        Some(policy) => policy.forward(plan, views, &mut o)?,
+        None => sparge::forward(plan, q, k, v, &mut o)?,
+    };
     Ok(Computed {
         o: Values::Stored(o),
         lse: side.lse.map(Values::Stored),

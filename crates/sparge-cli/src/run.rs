@@ -4,12 +4,13 @@ use crate::Context;
 use crate::error::{Error, Result};
 use crate::flags::SelectionArgs;
 use crate::language::{Language, Layer, ModelArgs, Reading, TextArgs, TokenBar, layer_chart};
+use crate::policy::Policy;
 use crate::terminal::{self, Table, percent, seconds};
-use clap::ValueEnum;
 use serde::Serialize;
 use sparge::SpargeConfig;
 use sparge_candle::{GenerateOptions, Sampler, generate};
 use std::ops::ControlFlow;
+use std::str::FromStr;
 
 /// Read a long prompt through sparse attention, and go on writing.
 ///
@@ -28,8 +29,9 @@ pub(crate) struct Args {
     /// Tokens to write
     #[arg(long, value_name = "N", default_value_t = 48)]
     max_new_tokens: usize,
-    /// Attention of the reading that the text is written after
-    #[arg(long, value_enum, default_value_t = PolicyArg::Sparge)]
+    /// Attention of the reading that the text is written after: sparge (as the selection flags say),
+    /// or a policy, see `sparge eval --help`
+    #[arg(long, value_name = "POLICY", value_parser = PolicyArg::from_str, default_value = "sparge")]
     policy: PolicyArg,
     /// Do not read the prompt a second time for the comparison with dense attention
     #[arg(long)]
@@ -47,12 +49,25 @@ pub(crate) struct Args {
     selection: SelectionArgs,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum PolicyArg {
-    /// Sparse, as the selection flags say
-    Sparge,
-    /// Exact
-    Dense,
+    /// Sparse, as the selection flags say.
+    Flags,
+    Named(Policy),
+}
+
+impl FromStr for PolicyArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == "sparge" { Ok(Self::Flags) } else { text.parse().map(Self::Named) }
+    }
+}
+
+/// The sparse reading's attention.
+enum Sparse {
+    Config(SpargeConfig),
+    Policy(Policy),
 }
 
 /// What `--json` prints; null for what was not asked for.
@@ -82,19 +97,24 @@ struct Report {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let dense = SpargeConfig { isa: context.isa, ..SpargeConfig::dense() };
     let sparse = match args.policy {
-        PolicyArg::Sparge => Some(args.selection.config(context.isa)?),
-        PolicyArg::Dense if args.selection.is_empty() => None,
-        PolicyArg::Dense => {
+        PolicyArg::Flags => Some(Sparse::Config(args.selection.config(context.isa)?)),
+        PolicyArg::Named(_) if !args.selection.is_empty() => {
             return Err(Error::input(
-                "--policy dense leaves nothing to select; drop the selection flags, or use \
+                "a named --policy leaves nothing to select; drop the selection flags, or use \
                  --policy sparge",
             ));
         }
+        PolicyArg::Named(Policy::DENSE) => None,
+        PolicyArg::Named(policy) => Some(Sparse::Policy(policy)),
     };
     let mut sampler = Sampler::new(args.temperature.unwrap_or(0.0), args.top_p, args.seed)?;
     let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
-    language.check_config(sparse.as_ref().unwrap_or(&dense))?;
+    match &sparse {
+        None => language.check_config(&dense),
+        Some(Sparse::Config(config)) => language.check_config(config),
+        Some(Sparse::Policy(policy)) => language.check_config(&policy.config(context.isa)),
+    }?;
     let tokens = language.tokens(&text.text, args.context)?;
     language.check_context(tokens.len() + args.max_new_tokens)?;
 
@@ -109,9 +129,15 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         None
     };
     let sparse_reading = sparse
-        .map(|config| {
+        .map(|sparse| {
             bar.say("sparse");
-            language.read(&tokens, args.max_new_tokens, &config, &bar, true)
+            let room = args.max_new_tokens;
+            match sparse {
+                Sparse::Config(config) => language.read(&tokens, room, &config, &bar, true),
+                Sparse::Policy(policy) => {
+                    language.read_under(&policy, context.isa, (&tokens, room), &bar, true)
+                }
+            }
         })
         .transpose()?;
     drop(bar);

@@ -3,7 +3,7 @@
 use crate::Context;
 use crate::error::{Error, Result};
 use crate::language::{Language, ModelArgs, TextArgs, TokenBar};
-use crate::policy::Policy;
+use crate::policy::{self, Policies, Policy};
 use crate::terminal::{self, Table, percent, seconds};
 use serde::Serialize;
 use sparge::HeadStats;
@@ -25,10 +25,10 @@ pub(crate) struct Args {
     /// Consecutive windows of the text to read at each length
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     windows: u32,
-    /// dense, default, topk:F, cdf:T or cdf:T+topk:F; repeatable, or separated by commas
-    #[arg(long = "policy", value_name = "POLICY", value_delimiter = ',', value_parser = Policy::from_str,
-          default_values = ["dense", "default", "topk:0.5"])]
-    policies: Vec<Policy>,
+    /// Policies, see `sparge eval --help`; repeatable, or separated by commas
+    #[arg(long = "policy", value_name = "POLICY", value_parser = Policies::from_str,
+          default_value = "dense,default,topk:0.5")]
+    policies: Vec<Policies>,
 }
 
 #[derive(Debug, Serialize)]
@@ -60,7 +60,8 @@ struct Row {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
-    for policy in &args.policies {
+    let policies = policy::flatten(&args.policies);
+    for policy in &policies {
         language.check_config(&policy.config(context.isa))?;
     }
     for &length in &args.context {
@@ -80,18 +81,18 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             tokens.len()
         )));
     }
-    let all = args.context.iter().sum::<usize>() * windows * args.policies.len();
+    let all = args.context.iter().sum::<usize>() * windows * policies.len();
     let bar = TokenBar::new(all);
     bar.say("loading");
     language.warm_up()?;
     let mut results = Vec::new();
     for &length in &args.context {
         let mut rows = Vec::new();
-        for &policy in &args.policies {
+        for &policy in &policies {
             bar.say(format!("{policy} at {length}"));
             rows.push(measure(&language, &tokens, length, args.windows, policy, context, &bar)?);
         }
-        let dense = rows.iter().find(|r| r.policy == Policy::Dense).map(|r| (r.ppl, r.ttft_s));
+        let dense = rows.iter().find(|r| r.policy == Policy::DENSE).map(|r| (r.ppl, r.ttft_s));
         for row in &mut rows {
             row.ppl_change = dense.map(|(ppl, _)| row.ppl / ppl - 1.0);
             row.speedup = dense.map(|(_, ttft)| ttft / row.ttft_s);
@@ -121,7 +122,7 @@ fn measure(
     let (mut ttft, mut attention, mut predict) = (0.0, 0.0, 0.0);
     let mut stats = HeadStats::default();
     for window in tokens.chunks_exact(length).take(windows as usize) {
-        let reading = language.read(window, 0, &policy.config(context.isa), bar, true)?;
+        let reading = language.read_under(&policy, context.isa, (window, 0), bar, true)?;
         nll += reading.prefill.nll.iter().map(|&x| f64::from(x)).sum::<f64>();
         count += reading.prefill.nll.len();
         ttft += reading.ttft_s();

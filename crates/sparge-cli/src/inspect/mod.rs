@@ -4,6 +4,8 @@ mod head;
 mod model;
 mod tensors;
 
+pub(crate) use head::exact_masses;
+
 use crate::Context;
 use crate::error::{Error, Result};
 use crate::flags::{LayoutArg, SelectionArgs, VisibilityArgs};

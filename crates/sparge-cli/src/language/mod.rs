@@ -6,9 +6,10 @@ pub(crate) use charts::layers as layer_chart;
 
 use crate::Context;
 use crate::error::{Error, Result};
+use crate::policy::Policy;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sparge::{Alignment, AttentionOptions, AttentionShape, HeadStats, Plan, SpargeConfig};
+use sparge::{Alignment, AttentionOptions, AttentionShape, HeadStats, Isa, Plan, SpargeConfig};
 use sparge_candle::attention::Attention;
 use sparge_candle::hub::{Bar, Hub, HubOptions};
 use sparge_candle::models::{KvCache, Model, Prefill, PrefillOptions};
@@ -139,6 +140,22 @@ impl Language {
         Ok(Reading { prefill, cache, attention })
     }
 
+    /// The same under a policy; in one piece where the policy looks at the last queries first.
+    pub(crate) fn read_under(
+        &self,
+        policy: &Policy,
+        isa: Option<Isa>,
+        (tokens, room): (&[u32], usize),
+        bar: &TokenBar,
+        score: bool,
+    ) -> Result<Reading> {
+        let chunk = if policy.looks_ahead() { tokens.len() } else { CHUNK };
+        let mut attention = policy.attention(isa);
+        let read = Prompt { tokens, room, chunk, score };
+        let (prefill, cache) = self.prefill(&read, &mut attention, bar)?;
+        Ok(Reading { prefill, cache, attention })
+    }
+
     /// The same with any attention.
     pub(crate) fn read_with(
         &self,
@@ -148,6 +165,17 @@ impl Language {
         bar: &TokenBar,
         score: bool,
     ) -> Result<(Prefill, KvCache)> {
+        self.prefill(&Prompt { tokens, room, chunk: CHUNK, score }, attention, bar)
+    }
+
+    /// The same in chunks of any size.
+    pub(crate) fn prefill(
+        &self,
+        read: &Prompt<'_>,
+        attention: &mut dyn Attention,
+        bar: &TokenBar,
+    ) -> Result<(Prefill, KvCache)> {
+        let &Prompt { tokens, room, chunk, score } = read;
         let mut cache = KvCache::new(self.model.config(), tokens.len() + room)?;
         let mut before = 0;
         let mut progress = |read: usize| {
@@ -155,10 +183,24 @@ impl Language {
             before = read;
             ControlFlow::Continue(())
         };
-        let options = PrefillOptions { score, progress: Some(&mut progress), ..Default::default() };
+        let options = PrefillOptions { chunk, score, progress: Some(&mut progress) };
         let prefill = self.model.prefill(tokens, &mut cache, attention, options)?;
         Ok((prefill, cache))
     }
+}
+
+/// Tokens that go through the layers together.
+const CHUNK: usize = 1024;
+
+/// What to read, and how.
+pub(crate) struct Prompt<'a> {
+    pub(crate) tokens: &'a [u32],
+    /// Tokens the cache keeps room for.
+    pub(crate) room: usize,
+    /// Tokens that go through the layers together.
+    pub(crate) chunk: usize,
+    /// Whether to score every token.
+    pub(crate) score: bool,
 }
 
 /// What reading a prompt gave.

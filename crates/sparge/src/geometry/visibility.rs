@@ -126,6 +126,16 @@ impl Visibility {
         if in_sink || self.lo(reaching) < keys.end { Coverage::Partial } else { Coverage::Empty }
     }
 
+    /// The key position that row `i` is aligned with; it may lie outside the keys.
+    pub(crate) fn position(&self, i: usize) -> isize {
+        self.offset.saturating_add_unsigned(i)
+    }
+
+    /// Whether no row sees keys after its position.
+    pub(crate) fn is_causal(&self) -> bool {
+        self.right == Some(0)
+    }
+
     /// Whether any row is cut at a diagonal.
     pub(crate) fn has_diagonal(&self) -> bool {
         self.right.is_some()
