@@ -1,7 +1,8 @@
 //! The operator as a model's attention.
 
+use sparge::calibrate::Calibration;
 use sparge::{
-    Alignment, AttentionOptions, AttentionShape, Dims, HeadStats, Layout, Plan, SpargeConfig,
+    Alignment, AttentionOptions, AttentionShape, Dims, HeadStats, Isa, Layout, Plan, SpargeConfig,
     Stats, Strides, TensorView, forward,
 };
 
@@ -9,7 +10,7 @@ use crate::attention::{Attention, AttentionCall, HeadsView};
 
 /// Fewer queries than this run dense: a decoding step reads every key once, and predicting which
 /// to skip reads them too.
-const MIN_QUERIES: usize = 16;
+pub(crate) const MIN_QUERIES: usize = 16;
 
 /// Attention through [`sparge`]: prefill under a [`SpargeConfig`], single tokens dense, and counts
 /// of what was skipped.
@@ -22,7 +23,10 @@ const MIN_QUERIES: usize = 16;
 /// ```
 #[derive(Debug, Clone)]
 pub struct SpargeAttention {
-    config: SpargeConfig,
+    /// Layer i's at i; a single one is every layer's.
+    configs: Vec<SpargeConfig>,
+    /// Prefill with fewer keys runs dense.
+    min_kv_len: usize,
     dense: SpargeConfig,
     /// `[layer][head]`, prefill only.
     layers: Vec<Vec<HeadStats>>,
@@ -34,10 +38,27 @@ impl SpargeAttention {
     /// Prefill under `config`.
     #[must_use]
     pub fn new(config: SpargeConfig) -> Self {
-        let dense = SpargeConfig { isa: config.isa, ..SpargeConfig::dense() };
+        let isa = config.isa;
+        Self::with(vec![config], 0, isa)
+    }
+
+    /// Prefill with every head's own settings, as `sparge tune` found them; dense where there are
+    /// fewer keys than they were made for. [`Calibration::check`] says whether it is this model's.
+    ///
+    /// # Errors
+    /// None for a calibration that was read from a file.
+    pub fn calibrated(calibration: &Calibration, isa: Option<Isa>) -> sparge::Result<Self> {
+        let configs = (0..calibration.layers.len())
+            .map(|layer| Ok(SpargeConfig { isa, ..calibration.config(layer)? }))
+            .collect::<sparge::Result<Vec<_>>>()?;
+        Ok(Self::with(configs, calibration.settings.min_kv_len, isa))
+    }
+
+    fn with(configs: Vec<SpargeConfig>, min_kv_len: usize, isa: Option<Isa>) -> Self {
         Self {
-            config,
-            dense,
+            configs,
+            min_kv_len,
+            dense: SpargeConfig { isa, ..SpargeConfig::dense() },
             layers: Vec::new(),
             predict: Default::default(),
             attend: Default::default(),
@@ -80,22 +101,17 @@ impl Attention for SpargeAttention {
         mut call: AttentionCall<'_>,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let (q, k, v) = (view(&call.q)?, view(&call.k)?, view(&call.v)?);
-        let dims = q.dims();
-        let prefill = dims.len >= MIN_QUERIES;
-        let options = AttentionOptions {
-            softmax_scale: Some(f64::from(call.softmax_scale)),
-            causal: Some(Alignment::BottomRight),
-            layout: Layout::Nhd,
-            ..AttentionOptions::default()
+        let prefill = q.dims().len >= MIN_QUERIES;
+        let options = model_options(&call);
+        let config = match &self.configs[..] {
+            _ if !prefill || k.dims().len < self.min_kv_len => &self.dense,
+            [all] => all,
+            layers => layers.get(call.layer).ok_or_else(|| {
+                format!("there are settings for {} layers, not for this one", layers.len())
+            })?,
         };
-        let config = if prefill { &self.config } else { &self.dense };
         let plan = Plan::new(AttentionShape::of(&q, &k, &v)?, &options, config)?;
-        let contiguous = Strides::contiguous(dims, Layout::Nhd);
-        if call.out.strides() != [contiguous.head, contiguous.token] {
-            return Err("the output is not contiguous [tokens, heads, head_dim]".into());
-        }
-        let out = &mut call.out.data()[..dims.len * dims.heads * dims.dim];
-        let side = forward(&plan, &q, &k, &v, out)?;
+        let side = forward(&plan, &q, &k, &v, output(&mut call)?)?;
         if prefill {
             self.count(call.layer, &side.stats);
         }
@@ -103,7 +119,27 @@ impl Attention for SpargeAttention {
     }
 }
 
-fn view<'a>(x: &HeadsView<'a>) -> sparge::Result<TensorView<'a, f32>> {
+/// What a model's layers ask for.
+pub(crate) fn model_options(call: &AttentionCall<'_>) -> AttentionOptions<'static> {
+    AttentionOptions {
+        softmax_scale: Some(f64::from(call.softmax_scale)),
+        causal: Some(Alignment::BottomRight),
+        layout: Layout::Nhd,
+        ..AttentionOptions::default()
+    }
+}
+
+/// The call's output as the operator writes it.
+pub(crate) fn output<'o>(call: &'o mut AttentionCall<'_>) -> Result<&'o mut [f32], &'static str> {
+    let [heads, len, dim] = call.out.shape();
+    let contiguous = Strides::contiguous(Dims { batch: 1, heads, len, dim }, Layout::Nhd);
+    if call.out.strides() != [contiguous.head, contiguous.token] {
+        return Err("the output is not contiguous [tokens, heads, head_dim]");
+    }
+    Ok(&mut call.out.data()[..len * heads * dim])
+}
+
+pub(crate) fn view<'a>(x: &HeadsView<'a>) -> sparge::Result<TensorView<'a, f32>> {
     let ([heads, len, dim], [head, token]) = (x.shape(), x.strides());
     TensorView::strided(
         x.data(),

@@ -1,6 +1,7 @@
 //! `sparge run`: a language model reads a long prompt through sparse attention.
 
 use crate::Context;
+use crate::calibration::CalibrationArgs;
 use crate::error::{Error, Result};
 use crate::flags::SelectionArgs;
 use crate::language::{Language, Layer, ModelArgs, Reading, TextArgs, TokenBar, layer_chart};
@@ -8,7 +9,7 @@ use crate::terminal::{self, Table, percent, seconds};
 use clap::ValueEnum;
 use serde::Serialize;
 use sparge::SpargeConfig;
-use sparge_candle::{GenerateOptions, Sampler, generate};
+use sparge_candle::{GenerateOptions, Sampler, SpargeAttention, generate};
 use std::ops::ControlFlow;
 
 /// Read a long prompt through sparse attention, and go on writing.
@@ -45,6 +46,8 @@ pub(crate) struct Args {
     seed: u64,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -83,11 +86,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let dense = SpargeConfig { isa: context.isa, ..SpargeConfig::dense() };
     let sparse = match args.policy {
         PolicyArg::Sparge => Some(args.selection.config(context.isa)?),
-        PolicyArg::Dense if args.selection.is_empty() => None,
+        PolicyArg::Dense if args.selection.is_empty() && args.calibration.path().is_none() => None,
         PolicyArg::Dense => {
             return Err(Error::input(
-                "--policy dense leaves nothing to select; drop the selection flags, or use \
-                 --policy sparge",
+                "--policy dense leaves nothing to select; drop the selection flags and \
+                 --calibration, or use --policy sparge",
             ));
         }
     };
@@ -95,6 +98,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
     language.check_config(sparse.as_ref().unwrap_or(&dense))?;
+    let tuned = args.calibration.load(language.shape(), || language.sha256())?;
     let tokens = language.tokens(&text.text, args.context)?;
     language.check_context(tokens.len() + args.max_new_tokens)?;
 
@@ -111,7 +115,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let sparse_reading = sparse
         .map(|config| {
             bar.say("sparse");
-            language.read(&tokens, args.max_new_tokens, &config, &bar, true)
+            let attention = match &tuned {
+                Some(calibration) => SpargeAttention::calibrated(calibration, context.isa)?,
+                None => SpargeAttention::new(config),
+            };
+            language.read_as(&tokens, args.max_new_tokens, attention, &bar, true)
         })
         .transpose()?;
     drop(bar);

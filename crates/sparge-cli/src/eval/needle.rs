@@ -1,6 +1,7 @@
 //! `sparge eval needle`: does the model still find one sentence in a long text?
 
 use crate::Context;
+use crate::calibration::{Contender, TunedArgs};
 use crate::error::{Error, Result};
 use crate::language::{Language, ModelArgs, TextArgs, TokenBar};
 use crate::policy::Policy;
@@ -37,6 +38,8 @@ pub(crate) struct Args {
     #[arg(long = "policy", value_name = "POLICY", value_delimiter = ',', value_parser = Policy::from_str,
           default_values = ["dense", "default", "topk:0.5"])]
     policies: Vec<Policy>,
+    #[command(flatten)]
+    tuned: TunedArgs,
     /// Cities and numbers per cell
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     trials: u32,
@@ -52,13 +55,13 @@ struct Report {
 
 #[derive(Debug, Serialize)]
 struct Accuracy {
-    policy: Policy,
+    policy: String,
     accuracy: f64,
 }
 
 #[derive(Debug, Serialize)]
 struct Cell {
-    policy: Policy,
+    policy: String,
     context: usize,
     depth: f64,
     correct: u32,
@@ -148,22 +151,20 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             language.name
         )));
     }
-    for policy in &args.policies {
-        language.check_config(&policy.config(context.isa))?;
-    }
+    let policies = args.tuned.contenders(&args.policies, &language, context.isa)?;
     let longest = args.context.iter().copied().max().unwrap_or(0);
     language.check_context(longest.saturating_add(ANSWER))?;
     let tokens = language.tokens(&text.text, longest)?;
 
     let per_policy = args.context.iter().sum::<usize>() * args.depth.len() * args.trials as usize;
-    let bar = TokenBar::new(per_policy * args.policies.len());
+    let bar = TokenBar::new(per_policy * policies.len());
     let mut results = Vec::new();
-    for &policy in &args.policies {
+    for contender in &policies {
         for &length in &args.context {
             for (i, &depth) in args.depth.iter().enumerate() {
-                bar.say(format!("{policy} at {length}, depth {depth}"));
+                bar.say(format!("{} at {length}, depth {depth}", contender.0));
                 let mut cell = Cell {
-                    policy,
+                    policy: contender.0.clone(),
                     context: length,
                     depth,
                     correct: 0,
@@ -176,7 +177,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
                     // The same needles for every policy, others in every cell.
                     let needle = Needle::new(i + args.depth.len() * trial as usize);
                     let prompt = needle.prompt(&language, &tokens, length, depth)?;
-                    let (answer, counts) = ask(&language, &prompt, policy, context, &bar)?;
+                    let (answer, counts) = ask(&language, &prompt, contender, &bar)?;
                     cell.correct += u32::from(answer.contains(&needle.number));
                     cell.answer = answer;
                     stats = stats + counts;
@@ -187,14 +188,16 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         }
     }
     drop(bar);
-    let accuracy = args
-        .policies
+    let accuracy = policies
         .iter()
-        .map(|&policy| {
-            let of = || results.iter().filter(|c| c.policy == policy);
+        .map(|(policy, _)| {
+            let of = || results.iter().filter(|c| c.policy == *policy);
             let trials: u32 = of().map(|c| c.trials).sum();
             let correct: u32 = of().map(|c| c.correct).sum();
-            Accuracy { policy, accuracy: f64::from(correct) / f64::from(trials.max(1)) }
+            Accuracy {
+                policy: policy.clone(),
+                accuracy: f64::from(correct) / f64::from(trials.max(1)),
+            }
         })
         .collect();
     let report = Report { model: language.name, text: text.name, accuracy, results };
@@ -209,11 +212,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
 fn ask(
     language: &Language,
     prompt: &[u32],
-    policy: Policy,
-    context: &Context,
+    (_, attention): &Contender,
     bar: &TokenBar,
 ) -> Result<(String, HeadStats)> {
-    let mut reading = language.read(prompt, ANSWER, &policy.config(context.isa), bar, false)?;
+    let mut reading = language.read_as(prompt, ANSWER, attention.clone(), bar, false)?;
     let new = generate(
         &language.model,
         std::mem::take(&mut reading.prefill.logits),
@@ -232,19 +234,20 @@ fn ask(
 fn render(report: &Report, args: &Args) -> String {
     let mut text = format!("{} looks for a sentence in {}\n", report.model, report.text);
     for accuracy in &report.accuracy {
-        let policy = accuracy.policy;
+        let policy = &accuracy.policy;
         text += &format!("\n{policy}: {} found\n", percent(accuracy.accuracy));
         let heads = args.context.iter().map(|c| format!("{c} tokens"));
         let mut table = Table::new(std::iter::once("depth".to_owned()).chain(heads));
         let cells = |depth: f64| {
-            report.results.iter().filter(move |c| c.policy == policy && c.depth == depth)
+            report.results.iter().filter(move |c| c.policy == *policy && c.depth == depth)
         };
         for &depth in &args.depth {
             let row = cells(depth).map(|c| format!("{}/{}", c.correct, c.trials));
             table.row(std::iter::once(depth.to_string()).chain(row));
         }
         let skipped = args.context.iter().map(|&length| {
-            let of = || report.results.iter().filter(|c| c.policy == policy && c.context == length);
+            let of =
+                || report.results.iter().filter(|c| c.policy == *policy && c.context == length);
             percent(of().map(|c| c.qk_sparsity).sum::<f64>() / of().count().max(1) as f64)
         });
         table.row(std::iter::once("QK skipped".to_owned()).chain(skipped));

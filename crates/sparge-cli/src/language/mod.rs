@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sparge::{Alignment, AttentionOptions, AttentionShape, HeadStats, Plan, SpargeConfig};
 use sparge_candle::attention::Attention;
-use sparge_candle::hub::{Bar, Hub, HubOptions};
+use sparge_candle::hub::{Bar, Hub, HubOptions, file_sha256};
 use sparge_candle::models::{KvCache, Model, Prefill, PrefillOptions};
 use sparge_candle::{SpargeAttention, Tokenizer};
 use std::fs::File;
@@ -45,6 +45,7 @@ pub(crate) struct TextArgs {
 #[derive(Debug)]
 pub(crate) struct Language {
     pub(crate) name: String,
+    path: PathBuf,
     pub(crate) model: Model,
     pub(crate) tokenizer: Tokenizer,
 }
@@ -65,7 +66,18 @@ impl Language {
         let path = hub(context)?.model(&args.model, args.model_file.as_deref(), &mut Bar::new())?;
         let model = Model::open(&path)?;
         let tokenizer = Tokenizer::from_gguf(model.header())?;
-        Ok(Self { name: args.model.clone(), model, tokenizer })
+        Ok(Self { name: args.model.clone(), path, model, tokenizer })
+    }
+
+    /// The checksum of the model's file.
+    pub(crate) fn sha256(&self) -> Result<String> {
+        Ok(file_sha256(&self.path)?)
+    }
+
+    /// `[layers, query heads, key/value heads, elements per head]`, as calibrations have it.
+    pub(crate) fn shape(&self) -> [usize; 4] {
+        let c = self.model.config();
+        [c.num_layers, c.num_qo_heads, c.num_kv_heads, c.head_dim]
     }
 
     /// Checks that `tokens` fit the model's context.
@@ -134,7 +146,18 @@ impl Language {
         bar: &TokenBar,
         score: bool,
     ) -> Result<Reading> {
-        let mut attention = SpargeAttention::new(config.clone());
+        self.read_as(tokens, room, SpargeAttention::new(config.clone()), bar, score)
+    }
+
+    /// The same with an attention that counts.
+    pub(crate) fn read_as(
+        &self,
+        tokens: &[u32],
+        room: usize,
+        mut attention: SpargeAttention,
+        bar: &TokenBar,
+        score: bool,
+    ) -> Result<Reading> {
         let (prefill, cache) = self.read_with(tokens, room, &mut attention, bar, score)?;
         Ok(Reading { prefill, cache, attention })
     }
@@ -249,6 +272,11 @@ impl TokenBar {
             bar.set_style(style);
         }
         Self(bar)
+    }
+
+    /// Counts `tokens` that did not have to be read, or were read at once.
+    pub(crate) fn skip(&self, tokens: usize) {
+        self.0.inc(tokens as u64);
     }
 
     /// What is being read now.
