@@ -5,6 +5,7 @@
 //! [`hub`] fetches pinned models and texts.
 
 pub mod attention;
+pub mod calibrate;
 mod decode;
 mod error;
 mod gemm;

@@ -1,9 +1,10 @@
 //! The operator as a model's attention.
 
+use sparge::calibrate::Calibration;
 use sparge::policy::{self, Policy};
 use sparge::{
-    Alignment, AttentionOptions, AttentionShape, HeadStats, Layout, Plan, SpargeConfig, Stats,
-    Strides, forward,
+    Alignment, AttentionOptions, AttentionShape, Dims, HeadStats, Isa, Layout, Plan, SpargeConfig,
+    Stats, Strides, forward,
 };
 
 use crate::attention::{Attention, AttentionCall};
@@ -11,7 +12,7 @@ use crate::decode::{decode, view};
 
 /// Fewer queries than this run dense: a decoding step reads every key once, and predicting which
 /// to skip reads them too.
-const MIN_QUERIES: usize = 16;
+pub(crate) const MIN_QUERIES: usize = 16;
 
 /// Attention through [`sparge`]: prefill under a [`SpargeConfig`], single tokens dense, and counts
 /// of what was skipped.
@@ -24,7 +25,10 @@ const MIN_QUERIES: usize = 16;
 /// ```
 #[derive(Debug, Clone)]
 pub struct SpargeAttention {
-    config: SpargeConfig,
+    /// Layer i's at i; a single one is every layer's.
+    configs: Vec<SpargeConfig>,
+    /// Prefill with fewer keys runs dense.
+    min_kv_len: usize,
     /// Chooses the blocks instead of the configuration's selection.
     policy: Option<Policy>,
     dense: SpargeConfig,
@@ -38,11 +42,28 @@ impl SpargeAttention {
     /// Prefill under `config`.
     #[must_use]
     pub fn new(config: SpargeConfig) -> Self {
-        let dense = SpargeConfig { isa: config.isa, ..SpargeConfig::dense() };
+        let isa = config.isa;
+        Self::with(vec![config], 0, isa)
+    }
+
+    /// Prefill with every head's own settings, as `sparge tune` found them; dense where there are
+    /// fewer keys than they were made for. [`Calibration::check`] says whether it is this model's.
+    ///
+    /// # Errors
+    /// None for a calibration that was read from a file.
+    pub fn calibrated(calibration: &Calibration, isa: Option<Isa>) -> sparge::Result<Self> {
+        let configs = (0..calibration.layers.len())
+            .map(|layer| Ok(SpargeConfig { isa, ..calibration.config(layer)? }))
+            .collect::<sparge::Result<Vec<_>>>()?;
+        Ok(Self::with(configs, calibration.settings.min_kv_len, isa))
+    }
+
+    fn with(configs: Vec<SpargeConfig>, min_kv_len: usize, isa: Option<Isa>) -> Self {
         Self {
-            config,
+            configs,
+            min_kv_len,
             policy: None,
-            dense,
+            dense: SpargeConfig { isa, ..SpargeConfig::dense() },
             layers: Vec::new(),
             predict: Default::default(),
             attend: Default::default(),
@@ -55,6 +76,12 @@ impl SpargeAttention {
     #[must_use]
     pub fn with_policy(policy: Policy, config: SpargeConfig) -> Self {
         Self { policy: Some(policy), ..Self::new(config) }
+    }
+
+    /// Whether the prompt has to be read in one piece, see [`Self::with_policy`].
+    #[must_use]
+    pub fn looks_ahead(&self) -> bool {
+        self.policy.is_some_and(|policy| policy.looks_ahead())
     }
 
     /// Counts of every prefill since it was made, `[layer][head]`.
@@ -96,21 +123,17 @@ impl Attention for SpargeAttention {
             return Ok(decode(&mut call, &self.dense)?);
         }
         let (q, k, v) = (view(&call.q)?, view(&call.k)?, view(&call.v)?);
-        let dims = q.dims();
-        let prefill = dims.len >= MIN_QUERIES;
-        let options = AttentionOptions {
-            softmax_scale: Some(f64::from(call.softmax_scale)),
-            causal: Some(Alignment::BottomRight),
-            layout: Layout::Nhd,
-            ..AttentionOptions::default()
+        let prefill = q.dims().len >= MIN_QUERIES;
+        let options = model_options(&call);
+        let config = match &self.configs[..] {
+            _ if !prefill || k.dims().len < self.min_kv_len => &self.dense,
+            [all] => all,
+            layers => layers.get(call.layer).ok_or_else(|| {
+                format!("there are settings for {} layers, not for this one", layers.len())
+            })?,
         };
-        let config = if prefill { &self.config } else { &self.dense };
         let plan = Plan::new(AttentionShape::of(&q, &k, &v)?, &options, config)?;
-        let contiguous = Strides::contiguous(dims, Layout::Nhd);
-        if call.out.strides() != [contiguous.head, contiguous.token] {
-            return Err("the output is not contiguous [tokens, heads, head_dim]".into());
-        }
-        let out = &mut call.out.data()[..dims.len * dims.heads * dims.dim];
+        let out = output(&mut call)?;
         let side = match &self.policy {
             Some(policy) if prefill => policy::forward(&plan, &q, &k, &v, policy, out)?,
             _ => forward(&plan, &q, &k, &v, out)?,
@@ -120,4 +143,24 @@ impl Attention for SpargeAttention {
         }
         Ok(())
     }
+}
+
+/// What a model's layers ask for.
+pub(crate) fn model_options(call: &AttentionCall<'_>) -> AttentionOptions<'static> {
+    AttentionOptions {
+        softmax_scale: Some(f64::from(call.softmax_scale)),
+        causal: Some(Alignment::BottomRight),
+        layout: Layout::Nhd,
+        ..AttentionOptions::default()
+    }
+}
+
+/// The call's output as the operator writes it.
+pub(crate) fn output<'o>(call: &'o mut AttentionCall<'_>) -> Result<&'o mut [f32], &'static str> {
+    let [heads, len, dim] = call.out.shape();
+    let contiguous = Strides::contiguous(Dims { batch: 1, heads, len, dim }, Layout::Nhd);
+    if call.out.strides() != [contiguous.head, contiguous.token] {
+        return Err("the output is not contiguous [tokens, heads, head_dim]");
+    }
+    Ok(&mut call.out.data()[..len * heads * dim])
 }

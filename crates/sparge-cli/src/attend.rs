@@ -1,5 +1,6 @@
 //! `sparge attend`: one attention call on tensors from a file.
 
+use crate::calibration::CalibrationArgs;
 use crate::error::Result;
 use crate::flags::{LayoutArg, SelectionArgs, VisibilityArgs};
 use crate::input::{Extras, Qkv, element_type};
@@ -44,8 +45,13 @@ pub(crate) struct Args {
     visibility: VisibilityArgs,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
+    /// With --calibration: the layer whose settings to use
+    #[arg(long, value_name = "L", requires = "calibration", default_value_t = 0)]
+    layer: usize,
     /// Exact attention over everything the masks allow
-    #[arg(long, conflicts_with_all = ["topk", "cdf", "theta", "lambda", "pooling", "keep_first", "qk"])]
+    #[arg(long, conflicts_with_all = ["topk", "cdf", "theta", "lambda", "pooling", "keep_first", "qk", "calibration"])]
     dense: bool,
     /// Choose the blocks by a named policy instead, see `sparge eval --help`
     #[arg(long, value_name = "POLICY", value_parser = Policy::from_str,
@@ -109,7 +115,7 @@ struct Compared {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     output::check_writable(&args.output)?;
     let mut file = Reader::open(&args.input)?;
-    let report = match element_type(&file)? {
+    let report = match element_type(&file, "")? {
         Dtype::F16 => attend::<f16>(args, context, &mut file),
         Dtype::BF16 => attend::<bf16>(args, context, &mut file),
         _ => attend::<f32>(args, context, &mut file),
@@ -144,6 +150,8 @@ fn attend<T: Stored + Element>(
     };
     let config = if args.dense {
         SpargeConfig { isa: context.isa, ..SpargeConfig::dense() }
+    } else if let Some(config) = args.calibration.layer(&shape, args.layer, context.isa)? {
+        config
     } else {
         match &args.policy {
             Some(policy) => policy.config(context.isa),

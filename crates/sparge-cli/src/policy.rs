@@ -73,11 +73,6 @@ impl Policy {
         }
     }
 
-    /// Whether a prompt has to be read in one piece.
-    pub(crate) fn looks_ahead(&self) -> bool {
-        matches!(self.choice, Choice::Method(method) if method.looks_ahead())
-    }
-
     /// The operator under this policy; the plan is one of [`Policy::config`].
     pub(crate) fn forward<T: Element>(
         &self,

@@ -1,6 +1,7 @@
 //! `sparge run`: a language model reads a long prompt through sparse attention.
 
 use crate::Context;
+use crate::calibration::CalibrationArgs;
 use crate::error::{Error, Result};
 use crate::flags::SelectionArgs;
 use crate::language::{Language, Layer, ModelArgs, Reading, TextArgs, TokenBar, layer_chart};
@@ -8,7 +9,7 @@ use crate::policy::Policy;
 use crate::terminal::{self, Table, percent, seconds};
 use serde::Serialize;
 use sparge::SpargeConfig;
-use sparge_candle::{GenerateOptions, Sampler, generate};
+use sparge_candle::{GenerateOptions, Sampler, SpargeAttention, generate};
 use std::ops::ControlFlow;
 use std::str::FromStr;
 
@@ -47,6 +48,8 @@ pub(crate) struct Args {
     seed: u64,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,12 +65,6 @@ impl FromStr for PolicyArg {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         if text == "sparge" { Ok(Self::Flags) } else { text.parse().map(Self::Named) }
     }
-}
-
-/// The sparse reading's attention.
-enum Sparse {
-    Config(SpargeConfig),
-    Policy(Policy),
 }
 
 /// What `--json` prints; null for what was not asked for.
@@ -96,25 +93,28 @@ struct Report {
 /// Runs the subcommand.
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let dense = SpargeConfig { isa: context.isa, ..SpargeConfig::dense() };
+    // The attention and the configuration that the model has to allow.
     let sparse = match args.policy {
-        PolicyArg::Flags => Some(Sparse::Config(args.selection.config(context.isa)?)),
-        PolicyArg::Named(_) if !args.selection.is_empty() => {
+        PolicyArg::Flags => {
+            let config = args.selection.config(context.isa)?;
+            Some((SpargeAttention::new(config.clone()), config))
+        }
+        PolicyArg::Named(_) if !args.selection.is_empty() || args.calibration.path().is_some() => {
             return Err(Error::input(
-                "a named --policy leaves nothing to select; drop the selection flags, or use \
-                 --policy sparge",
+                "a named --policy leaves nothing to select; drop the selection flags and \
+                 --calibration, or use --policy sparge",
             ));
         }
         PolicyArg::Named(Policy::DENSE) => None,
-        PolicyArg::Named(policy) => Some(Sparse::Policy(policy)),
+        PolicyArg::Named(policy) => {
+            Some((policy.attention(context.isa), policy.config(context.isa)))
+        }
     };
     let mut sampler = Sampler::new(args.temperature.unwrap_or(0.0), args.top_p, args.seed)?;
     let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
-    match &sparse {
-        None => language.check_config(&dense),
-        Some(Sparse::Config(config)) => language.check_config(config),
-        Some(Sparse::Policy(policy)) => language.check_config(&policy.config(context.isa)),
-    }?;
+    language.check_config(sparse.as_ref().map_or(&dense, |(_, config)| config))?;
+    let tuned = args.calibration.load(language.shape(), || language.sha256())?;
     let tokens = language.tokens(&text.text, args.context)?;
     language.check_context(tokens.len() + args.max_new_tokens)?;
 
@@ -129,15 +129,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         None
     };
     let sparse_reading = sparse
-        .map(|sparse| {
+        .map(|(attention, _)| {
             bar.say("sparse");
-            let room = args.max_new_tokens;
-            match sparse {
-                Sparse::Config(config) => language.read(&tokens, room, &config, &bar, true),
-                Sparse::Policy(policy) => {
-                    language.read_under(&policy, context.isa, (&tokens, room), &bar, true)
-                }
-            }
+            let attention = match &tuned {
+                Some(calibration) => SpargeAttention::calibrated(calibration, context.isa)?,
+                None => attention,
+            };
+            language.read_as(&tokens, args.max_new_tokens, attention, &bar, true)
         })
         .transpose()?;
     drop(bar);

@@ -3,6 +3,7 @@
 use crate::cpu::Isa;
 use crate::mask::BlockMask;
 use crate::tensor::TensorView;
+use serde::{Deserialize, Serialize};
 
 /// One value for every query head, or one each.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,7 +87,7 @@ impl Selection {
 /// The paper pools a whole block into one mean ([`Pooling::BLOCK`]). Finer pooling scores
 /// sub-blocks and adds up their masses: 16×16 costs about 1% of dense attention and is much nearer
 /// to the true block masses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Pooling {
     /// Query rows per mean: a divisor of 128.
     pub q_rows: usize,

@@ -118,6 +118,10 @@ pub enum Error {
         /// The processor features it needs.
         needs: &'static str,
     },
+    /// A calibration that cannot be used: a file of another format, version or model, or data that
+    /// nothing can be learned from.
+    #[error("calibration: {0}")]
+    Calibration(String),
     /// A compressed mask that is not well formed.
     #[error("csr mask: {0}")]
     Csr(String),

@@ -9,6 +9,7 @@
 //! Read [`attention`] first, then [`SpargeConfig`] and [`AttentionOptions`].
 
 mod attention;
+pub mod calibrate;
 mod config;
 mod cpu;
 mod error;

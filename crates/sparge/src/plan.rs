@@ -336,7 +336,19 @@ fn heads(shape: &AttentionShape, config: &SpargeConfig) -> Result<Vec<HeadPlan>>
         setting("cdf", cdf, cdf > 0.0 && cdf <= 1.0, "above 0 and at most 1")?;
         setting("top_k", top_k, top_k > 0.0 && top_k <= 1.0, "above 0 and at most 1")?;
     }
-    let budget = |selection| match selection {
+    Ok((0..n)
+        .map(|head| HeadPlan {
+            budget: budget(*config.selection.get(head)),
+            auto: *config.selection.get(head) == Selection::Auto && *config.theta.get(head) == 0.0,
+            theta: *config.theta.get(head),
+            lambda: *config.lambda.get(head),
+        })
+        .collect())
+}
+
+/// What a selection comes down to.
+pub(crate) fn budget(selection: Selection) -> Budget {
+    match selection {
         Selection::Auto => Budget::Some { cdf: Selection::AUTO_CDF, top_k: 0.0 },
         Selection::All => Budget::All,
         // Every block, whatever its mass: nothing to predict.
@@ -347,15 +359,7 @@ fn heads(shape: &AttentionShape, config: &SpargeConfig) -> Result<Vec<HeadPlan>>
         Selection::TopCdf(cdf) => Budget::Some { cdf, top_k: 0.0 },
         Selection::TopK(top_k) => Budget::Some { cdf: 0.0, top_k },
         Selection::Union { cdf, top_k } => Budget::Some { cdf, top_k },
-    };
-    Ok((0..n)
-        .map(|head| HeadPlan {
-            budget: budget(*config.selection.get(head)),
-            auto: *config.selection.get(head) == Selection::Auto && *config.theta.get(head) == 0.0,
-            theta: *config.theta.get(head),
-            lambda: *config.lambda.get(head),
-        })
-        .collect())
+    }
 }
 
 fn counted<T>(name: &'static str, values: &PerHead<T>, num_qo_heads: usize) -> Result<()> {

@@ -2,9 +2,10 @@
 
 use super::haystack::{Hay, Task};
 use crate::Context;
+use crate::calibration::{Contender, TunedArgs};
 use crate::error::{Error, Result};
 use crate::language::{Language, ModelArgs, TextArgs, TokenBar};
-use crate::policy::{self, Policies, Policy};
+use crate::policy::{self, Policies};
 use crate::terminal::{self, Table, percent};
 use serde::Serialize;
 use sparge::HeadStats;
@@ -37,6 +38,8 @@ pub(crate) struct Args {
     #[arg(long = "policy", value_name = "POLICY", value_parser = Policies::from_str,
           default_value = "dense,default,topk:0.5")]
     policies: Vec<Policies>,
+    #[command(flatten)]
+    tuned: TunedArgs,
     /// Sentences hidden, of which one is asked for
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     keys: u32,
@@ -60,13 +63,13 @@ struct Report {
 
 #[derive(Debug, Serialize)]
 struct Accuracy {
-    policy: Policy,
+    policy: String,
     accuracy: f64,
 }
 
 #[derive(Debug, Serialize)]
 struct Cell {
-    policy: Policy,
+    policy: String,
     context: usize,
     depth: f64,
     correct: u32,
@@ -92,9 +95,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         )));
     }
     let policies = policy::flatten(&args.policies);
-    for policy in &policies {
-        language.check_config(&policy.config(context.isa))?;
-    }
+    let policies = args.tuned.contenders(&policies, &language, context.isa)?;
     let longest = args.context.iter().copied().max().unwrap_or(0);
     language.check_context(longest.saturating_add(ANSWER))?;
     let tokens = language.tokens(&text.text, longest)?;
@@ -102,12 +103,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let per_policy = args.context.iter().sum::<usize>() * args.depth.len() * args.trials as usize;
     let bar = TokenBar::new(per_policy * policies.len());
     let mut results = Vec::new();
-    for &policy in &policies {
+    for contender in &policies {
         for &length in &args.context {
             for (i, &depth) in args.depth.iter().enumerate() {
-                bar.say(format!("{policy} at {length}, depth {depth}"));
+                bar.say(format!("{} at {length}, depth {depth}", contender.0));
                 let mut cell = Cell {
-                    policy,
+                    policy: contender.0.clone(),
                     context: length,
                     depth,
                     correct: 0,
@@ -121,7 +122,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
                     let index = i + args.depth.len() * trial as usize;
                     let task = Task::new(index, args.keys as usize, args.haystack);
                     let prompt = task.prompt(&language.tokenizer, &tokens, length, depth)?;
-                    let (answer, counts) = ask(&language, &prompt, policy, context, &bar)?;
+                    let (answer, counts) = ask(&language, &prompt, contender, &bar)?;
                     cell.correct += u32::from(answer.contains(task.number()));
                     cell.answer = answer;
                     stats = stats + counts;
@@ -134,11 +135,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     drop(bar);
     let accuracy = policies
         .iter()
-        .map(|&policy| {
-            let of = || results.iter().filter(|c| c.policy == policy);
+        .map(|(policy, _)| {
+            let of = || results.iter().filter(|c| c.policy == *policy);
             let trials: u32 = of().map(|c| c.trials).sum();
             let correct: u32 = of().map(|c| c.correct).sum();
-            Accuracy { policy, accuracy: f64::from(correct) / f64::from(trials.max(1)) }
+            Accuracy {
+                policy: policy.clone(),
+                accuracy: f64::from(correct) / f64::from(trials.max(1)),
+            }
         })
         .collect();
     let text = match args.haystack {
@@ -157,11 +161,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
 fn ask(
     language: &Language,
     prompt: &[u32],
-    policy: Policy,
-    context: &Context,
+    (_, attention): &Contender,
     bar: &TokenBar,
 ) -> Result<(String, HeadStats)> {
-    let mut reading = language.read_under(&policy, context.isa, (prompt, ANSWER), bar, false)?;
+    let mut reading = language.read_as(prompt, ANSWER, attention.clone(), bar, false)?;
     let new = generate(
         &language.model,
         std::mem::take(&mut reading.prefill.logits),
@@ -181,19 +184,20 @@ fn render(report: &Report, args: &Args) -> String {
     let mut text =
         format!("{} looks for one of {} sentences in {}\n", report.model, report.keys, report.text);
     for accuracy in &report.accuracy {
-        let policy = accuracy.policy;
+        let policy = &accuracy.policy;
         text += &format!("\n{policy}: {} found\n", percent(accuracy.accuracy));
         let heads = args.context.iter().map(|c| format!("{c} tokens"));
         let mut table = Table::new(std::iter::once("depth".to_owned()).chain(heads));
         let cells = |depth: f64| {
-            report.results.iter().filter(move |c| c.policy == policy && c.depth == depth)
+            report.results.iter().filter(move |c| c.policy == *policy && c.depth == depth)
         };
         for &depth in &args.depth {
             let row = cells(depth).map(|c| format!("{}/{}", c.correct, c.trials));
             table.row(std::iter::once(depth.to_string()).chain(row));
         }
         let skipped = args.context.iter().map(|&length| {
-            let of = || report.results.iter().filter(|c| c.policy == policy && c.context == length);
+            let of =
+                || report.results.iter().filter(|c| c.policy == *policy && c.context == length);
             percent(of().map(|c| c.qk_sparsity).sum::<f64>() / of().count().max(1) as f64)
         });
         table.row(std::iter::once("QK skipped".to_owned()).chain(skipped));

@@ -6,12 +6,11 @@ pub(crate) use charts::layers as layer_chart;
 
 use crate::Context;
 use crate::error::{Error, Result};
-use crate::policy::Policy;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sparge::{Alignment, AttentionOptions, AttentionShape, HeadStats, Isa, Plan, SpargeConfig};
+use sparge::{Alignment, AttentionOptions, AttentionShape, HeadStats, Plan, SpargeConfig};
 use sparge_candle::attention::Attention;
-use sparge_candle::hub::{Bar, Hub, HubOptions};
+use sparge_candle::hub::{Bar, Hub, HubOptions, file_sha256};
 use sparge_candle::models::{KvCache, Model, Prefill, PrefillOptions};
 use sparge_candle::{SpargeAttention, Tokenizer};
 use std::fs::File;
@@ -46,6 +45,7 @@ pub(crate) struct TextArgs {
 #[derive(Debug)]
 pub(crate) struct Language {
     pub(crate) name: String,
+    path: PathBuf,
     pub(crate) model: Model,
     pub(crate) tokenizer: Tokenizer,
 }
@@ -66,7 +66,18 @@ impl Language {
         let path = hub(context)?.model(&args.model, args.model_file.as_deref(), &mut Bar::new())?;
         let model = Model::open(&path)?;
         let tokenizer = Tokenizer::from_gguf(model.header())?;
-        Ok(Self { name: args.model.clone(), model, tokenizer })
+        Ok(Self { name: args.model.clone(), path, model, tokenizer })
+    }
+
+    /// The checksum of the model's file.
+    pub(crate) fn sha256(&self) -> Result<String> {
+        Ok(file_sha256(&self.path)?)
+    }
+
+    /// `[layers, query heads, key/value heads, elements per head]`, as calibrations have it.
+    pub(crate) fn shape(&self) -> [usize; 4] {
+        let c = self.model.config();
+        [c.num_layers, c.num_qo_heads, c.num_kv_heads, c.head_dim]
     }
 
     /// Checks that `tokens` fit the model's context.
@@ -135,22 +146,20 @@ impl Language {
         bar: &TokenBar,
         score: bool,
     ) -> Result<Reading> {
-        let mut attention = SpargeAttention::new(config.clone());
-        let (prefill, cache) = self.read_with(tokens, room, &mut attention, bar, score)?;
-        Ok(Reading { prefill, cache, attention })
+        self.read_as(tokens, room, SpargeAttention::new(config.clone()), bar, score)
     }
 
-    /// The same under a policy; in one piece where the policy looks at the last queries first.
-    pub(crate) fn read_under(
+    /// The same with an attention that counts; in one piece where its policy looks at the last
+    /// queries first.
+    pub(crate) fn read_as(
         &self,
-        policy: &Policy,
-        isa: Option<Isa>,
-        (tokens, room): (&[u32], usize),
+        tokens: &[u32],
+        room: usize,
+        mut attention: SpargeAttention,
         bar: &TokenBar,
         score: bool,
     ) -> Result<Reading> {
-        let chunk = if policy.looks_ahead() { tokens.len() } else { CHUNK };
-        let mut attention = policy.attention(isa);
+        let chunk = if attention.looks_ahead() { tokens.len() } else { CHUNK };
         let read = Prompt { tokens, room, chunk, score };
         let (prefill, cache) = self.prefill(&read, &mut attention, bar)?;
         Ok(Reading { prefill, cache, attention })
@@ -291,6 +300,11 @@ impl TokenBar {
             bar.set_style(style);
         }
         Self(bar)
+    }
+
+    /// Counts `tokens` that did not have to be read, or were read at once.
+    pub(crate) fn skip(&self, tokens: usize) {
+        self.0.inc(tokens as u64);
     }
 
     /// What is being read now.
