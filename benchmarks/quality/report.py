@@ -30,6 +30,8 @@ FAMILIES = [
 def family(policy: str) -> str | None:
     if policy.startswith("dense"):
         return None
+    if "theta=" in policy or policy == "default,lambda=inf":
+        return None
     if "pool=128x64" in policy:
         return "paper's pooling, τ"
     prefixes = {
@@ -113,6 +115,7 @@ def report_error(runs: list[dict]) -> tuple[str, str]:
     figure, axis = plt.subplots(figsize=(7, 4.5))
     plot_curves(axis, found)
     axis.set_ylabel("relative L1 of a layer's attention, mean")
+    axis.set_yscale("log")
     picture = save(figure, "error")
     body = "At equal measured sparsity (linear between neighbours of the sweep below):\n\n"
     body += equal(found, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7], lambda v: f"{v:.3f}")
@@ -157,7 +160,9 @@ def ppl_table(rows: list[dict]) -> str:
 
 
 def report_length(runs: list[dict]) -> tuple[str, str]:
-    rows = [r for run in runs for r in run["output"]["results"] if r["policy"] != "dense"]
+    every = [r for run in runs for r in run["output"]["results"] if r["policy"] in ("dense", "default")]
+    every.sort(key=lambda r: r["context"])
+    rows = [r for r in every if r["policy"] == "default"]
     figure, axis = plt.subplots(figsize=(6, 4))
     axis.plot([r["context"] for r in rows], [100 * r["qk_sparsity"] for r in rows], "o-",
               color="#1f4e9c", label="SmolLM2-135M, Q·Kᵀ skipped")
@@ -168,15 +173,16 @@ def report_length(runs: list[dict]) -> tuple[str, str]:
     axis.set_ylabel("sparsity, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return save(figure, "length"), ppl_table([r for run in runs for r in run["output"]["results"]])
+    return save(figure, "length"), ppl_table(every)
 
 
 def report_stages(runs: list[dict]) -> tuple[str, str]:
     rows = [r for run in runs for r in run["output"]["results"]]
     names = {
         "dense": "dense", "default": "both (λ = 6)", "default,lambda=inf": "stage 1 alone",
-        "dense,lambda=6": "stage 2 alone, λ = 6", "dense,lambda=4": "stage 2 alone, λ = 4",
+        "dense,lambda=6": "stage 2 alone (λ = 6)",
     }
+    rows = [r for r in rows if r["policy"] in names]
     figure, axis = plt.subplots(figsize=(6, 3.2))
     for i, r in enumerate(rows):
         axis.barh(i, 100 * r["qk_sparsity"], color="#1f4e9c", height=0.35, label="Q·Kᵀ" if not i else None)
@@ -217,7 +223,10 @@ def report_judge(runs: list[dict]) -> tuple[str, str]:
         [[f"`{r['policy']}`", pct(r["qk_sparsity"]), f"{r['rel_l1']:.4f}", f"{r['rel_l1_worst']:.4f}"]
          for r in rows],
     )
-    body += "\nPerplexity:\n\n" + ppl_table(runs[1]["output"]["results"])
+    judged = [r for r in runs[1]["output"]["results"] if r["policy"] in (
+        "dense", "cdf:0.9,pool=128x64,lambda=inf", "cdf:0.9,pool=128x64,theta=0.3,lambda=inf",
+        "cdf:0.95,pool=128x64,lambda=inf")]
+    body += "\nPerplexity, one mean per block:\n\n" + ppl_table(judged)
     return save(figure, "judge"), body
 
 
@@ -325,6 +334,11 @@ TITLES = {
     "order": "Order of tokens",
     "needle": "Retrieval",
 }
+#: The records that a page is made of, where not the one of its name.
+RECORDS = {
+    "policies": ["perplexity"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
+    "length": ["length", "perplexity"],
+}
 #: What the paper has on the same question.
 PAPER = {
     "error": "The paper compares at each method's own settings and reports quality, not error (its "
@@ -342,12 +356,13 @@ PAPER = {
 }
 
 
-def subject(record: dict) -> str:
-    outputs = [run["output"] for run in record["runs"]]
+def subject(name: str, runs: list[dict]) -> str:
+    outputs = [run["output"] for run in runs]
     first = outputs[0]
     if "model" in first:
         texts = " and ".join(dict.fromkeys(o["text"] for o in outputs))
         lengths = sorted({r["context"] for o in outputs for r in o["results"]})
+        texts = texts if name != "needle" else "Emma"
         length = ", ".join(map(str, lengths))
         return f"Model {MODEL.get(first['model'], first['model'])}; text {texts}; {length} tokens"
     if "grid" in first:
@@ -360,22 +375,25 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", choices=TITLES)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in parser.parse_args().tables:
-        record = json.loads((HERE / "records" / f"{name}.json").read_text())
+        names = RECORDS.get(name, [name])
+        records = [json.loads((HERE / "records" / f"{n}.json").read_text()) for n in names]
         special = {
             "error": report_error, "length": report_length, "stages": report_stages,
             "judge": report_judge, "overhead": report_overhead, "order": report_order,
             "needle": report_needle,
         }
-        runs = record["runs"]
+        runs = [run for record in records for run in record["runs"]]
         picture, body = special[name](runs) if name in special else report_ppl(name, runs)
         path = RESULTS / f"{name}.md"
         old = path.read_text() if path.exists() else ""
         reading = old[old.index("## Reading"):] if "## Reading" in old else "## Reading\n"
         commands = "".join(f"    {run['command']}\n" for run in runs)
+        when = " and ".join(dict.fromkeys(r["date"] for r in records))
+        files = " and ".join(f"`benchmarks/quality/records/{n}.json`" for n in names)
+        made = " and ".join(f"`python benchmarks/quality/measure.py {n}`" for n in names)
         path.write_text(
-            f"# {TITLES[name]}\n\n{subject(record)}. {record['device']}, {record['date']}. "
-            f"Record: `benchmarks/quality/records/{name}.json`, made by "
-            f"`python benchmarks/quality/measure.py {name}`:\n\n{commands}\n"
+            f"# {TITLES[name]}\n\n{subject(name, runs)}. {records[0]['device']}, {when}. "
+            f"Record: {files}, made by {made}:\n\n{commands}\n"
             f"The paper: {PAPER[name]}\n\n{picture}\n{body}\n{reading}"
         )
         print(f"wrote {path}")
