@@ -133,16 +133,17 @@ impl Attention for SpargeAttention {
             })?,
         };
         let plan = Plan::new(AttentionShape::of(&q, &k, &v)?, &options, config)?;
+        let layer = call.layer;
         let out = output(&mut call)?;
         let side = match &self.policy {
             Some(policy) if prefill => {
-                let policy = in_layer(*policy, call.layer);
+                let policy = in_layer(*policy, layer);
                 policy::forward(&plan, &q, &k, &v, &policy, out)?
             }
             _ => forward(&plan, &q, &k, &v, out)?,
         };
         if prefill {
-            self.count(call.layer, &side.stats);
+            self.count(layer, &side.stats);
         }
         Ok(())
     }
