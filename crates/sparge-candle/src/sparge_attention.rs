@@ -72,7 +72,7 @@ impl SpargeAttention {
 
     /// Prefill over the blocks that `policy` chooses; `config` gives stage 2 and the arithmetic, its
     /// selection is not used. A policy that [looks ahead](Policy::looks_ahead) wants the prompt in
-    /// one chunk ([`crate::models::PrefillOptions::chunk`]).
+    /// one chunk ([`crate::models::PrefillOptions::chunk`]); a random one draws anew in every layer.
     #[must_use]
     pub fn with_policy(policy: Policy, config: SpargeConfig) -> Self {
         Self { policy: Some(policy), ..Self::new(config) }
@@ -133,13 +133,17 @@ impl Attention for SpargeAttention {
             })?,
         };
         let plan = Plan::new(AttentionShape::of(&q, &k, &v)?, &options, config)?;
+        let layer = call.layer;
         let out = output(&mut call)?;
         let side = match &self.policy {
-            Some(policy) if prefill => policy::forward(&plan, &q, &k, &v, policy, out)?,
+            Some(policy) if prefill => {
+                let policy = in_layer(*policy, layer);
+                policy::forward(&plan, &q, &k, &v, &policy, out)?
+            }
             _ => forward(&plan, &q, &k, &v, out)?,
         };
         if prefill {
-            self.count(call.layer, &side.stats);
+            self.count(layer, &side.stats);
         }
         Ok(())
     }
@@ -163,4 +167,16 @@ pub(crate) fn output<'o>(call: &'o mut AttentionCall<'_>) -> Result<&'o mut [f32
         return Err("the output is not contiguous [tokens, heads, head_dim]");
     }
     Ok(&mut call.out.data()[..len * heads * dim])
+}
+
+/// A layer's own policy.
+fn in_layer(policy: Policy, layer: usize) -> Policy {
+    match policy {
+        // The same blocks lost in every layer would be another experiment.
+        Policy::Random { density, seed } => Policy::Random {
+            density,
+            seed: seed.wrapping_mul(0x1_0000_0001).wrapping_add(layer as u64),
+        },
+        other => other,
+    }
 }

@@ -272,6 +272,9 @@ fn random_has_its_density() {
     assert_eq!(got, draw("random:0.25,seed=0"));
     assert_ne!(got, draw("random:0.25,seed=1"));
     assert_ne!(row(&got, 30), row(&got, 31)[..row(&got, 30).len()]);
+    // The last rows alone draw what they draw in the whole.
+    let last = one(&x[1024 * 8..], &x, 8, &CAUSAL, "random:0.25");
+    assert_eq!(row(&last, 20), row(&got, 28));
 }
 
 const ALL: [&str; 8] = [

@@ -39,8 +39,10 @@ pub(super) fn random(blocks: &mut Blocks<'_, '_, '_, '_>, density: f64, seed: u6
             reachable.iter().partition(|&&j| plan.is_forced(at, &rows, j));
         let count = top_k_count(density, reachable.len());
         // A key per block instead of a shuffle: one row's draw does not depend on another's.
-        let place =
-            [at.sequence, at.head, q_block].into_iter().fold(seed, |x, y| mix(x ^ mix(y as u64)));
+        // By position, so that a prompt read in chunks draws what it draws in one piece.
+        let row = plan.visibility[at.sequence].position(rows.start) as u64;
+        let place = [at.sequence as u64, at.head as u64, row];
+        let place = place.into_iter().fold(seed, |x, y| mix(x ^ mix(y)));
         others.sort_by_key(|&j| mix(place ^ mix(j as u64)));
         let more = count.saturating_sub(forced.len());
         forced
