@@ -73,7 +73,19 @@ struct Curve {
     predictor: String,
     /// Time over that of dense attention, median, mean over the layers.
     cost: Option<f64>,
+    /// One τ or top-k for all heads.
     points: Vec<Point>,
+    /// τ of its own for every head, the sparsest whose error is within a bound.
+    tuned: Vec<Tuned>,
+}
+
+/// One bound.
+#[derive(Debug, Clone, Serialize)]
+struct Tuned {
+    bound: f64,
+    qk_sparsity: f64,
+    /// Mean over the heads.
+    rel_l1: f64,
 }
 
 /// One budget.
@@ -87,8 +99,11 @@ struct Point {
     lost_mass: f64,
 }
 
-const CDF: [f64; 14] =
-    [0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.9975, 0.999];
+const CDF: [f64; 16] = [
+    0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 0.9975, 0.999,
+];
+/// Bounds of the tuned curve.
+const BOUNDS: [f64; 7] = [0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15];
 const TOP_K: [f64; 7] = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8];
 
 /// Runs the subcommand.
@@ -153,6 +168,8 @@ struct Study {
     selections: Vec<Selection>,
     isa: Option<sparge::Isa>,
     reps: usize,
+    /// Per layer and head.
+    heads: Vec<Vec<HeadTally>>,
     /// Per layer: the sums over its heads.
     tallies: Vec<HeadTally>,
     /// Per predictor and layer.
@@ -184,18 +201,24 @@ impl Study {
             Estimator::Sampled { rows: 4, kv_rows: 1 },
             Estimator::Sampled { rows: 8, kv_rows: 1 },
             Estimator::Sampled { rows: 16, kv_rows: 1 },
-            Estimator::Sampled { rows: 8, kv_rows: 4 },
             Estimator::Sampled { rows: 8, kv_rows: 16 },
-            Estimator::Sampled { rows: 16, kv_rows: 8 },
-            Estimator::Sampled { rows: 16, kv_rows: 16 },
-            Estimator::BothSides { q_rows: 16, kv_rows: 16 },
-            Estimator::BothSides { q_rows: 8, kv_rows: 8 },
+            Estimator::Moments { q_rows: 16, kv_rows: 16, both: false },
+            Estimator::Moments { q_rows: 16, kv_rows: 16, both: true },
+            Estimator::Moments { q_rows: 16, kv_rows: 8, both: false },
+            Estimator::Moments { q_rows: 16, kv_rows: 8, both: true },
+            Estimator::Moments { q_rows: 16, kv_rows: 4, both: false },
+            Estimator::Moments { q_rows: 16, kv_rows: 4, both: true },
+            Estimator::Moments { q_rows: 128, kv_rows: 8, both: false },
+            Estimator::Moments { q_rows: 128, kv_rows: 8, both: true },
+            Estimator::Mixed { rows: 2, kv_rows: 16 },
+            Estimator::Mixed { rows: 4, kv_rows: 16 },
+            Estimator::Mixed { rows: 4, kv_rows: 8 },
             Estimator::Antidiagonal { stride: 8 },
             Estimator::Antidiagonal { stride: 16 },
         ];
         predictors.extend(plain.map(|e| (e.to_string(), Predictor::Plain(e))));
         predictors.push(("oracle".into(), Predictor::Oracle));
-        let union = CDF[3..].iter().map(|&cdf| Selection::Union { cdf, top_k: 0.3 });
+        let union = CDF[5..].iter().map(|&cdf| Selection::Union { cdf, top_k: 0.3 });
         let selections = CDF.map(Selection::TopCdf).into_iter().chain(TOP_K.map(Selection::TopK));
         Self {
             times: vec![Vec::new(); predictors.len()],
@@ -203,6 +226,7 @@ impl Study {
             selections: selections.chain(union).collect(),
             isa: context.isa,
             reps: args.reps,
+            heads: Vec::new(),
             tallies: Vec::new(),
             dense_times: Vec::new(),
         }
@@ -226,10 +250,10 @@ impl Study {
         let base = SpargeConfig { isa: self.isa, ..SpargeConfig::default() };
         let mut out = vec![0.0; q.dims().heads * q.dims().len * v.dims().dim];
         let mut sum = grid.tally();
-        for tally in survey(&q, &k, &v, &options, &base, &grid, &mut out)? {
-            sum += &tally;
-        }
+        let heads = survey(&q, &k, &v, &options, &base, &grid, &mut out)?;
+        heads.iter().for_each(|tally| sum += tally);
         self.tallies.push(sum);
+        self.heads.push(heads);
         if self.reps > 0 {
             self.time(tensors)?;
         }
@@ -262,6 +286,26 @@ impl Study {
         Ok(())
     }
 
+    /// Predictor number `p` with a τ per head.
+    fn tuned(&self, p: usize, bound: f64) -> Tuned {
+        let cells = p * self.selections.len()..p * self.selections.len() + CDF.len();
+        let (mut kept, mut reachable, mut error, mut count) = (0, 0, 0.0, 0.0);
+        for tally in self.heads.iter().flatten() {
+            let within = tally.cells[cells.clone()]
+                .iter()
+                .map(|cell| (cell.qk_blocks, tally.measured(cell, 0).rel_l1))
+                .filter(|(_, error)| *error <= bound)
+                .min_by_key(|(blocks, _)| *blocks);
+            let (blocks, l1) = within.unwrap_or((tally.reachable_blocks, 0.0));
+            kept += blocks;
+            reachable += tally.reachable_blocks;
+            error += l1;
+            count += 1.0;
+        }
+        let share = kept as f64 / reachable.max(1) as f64;
+        Tuned { bound, qk_sparsity: 1.0 - share, rel_l1: error / count }
+    }
+
     fn dense_s(&self) -> Option<f64> {
         let n = self.dense_times.len();
         (n > 0).then(|| self.dense_times.iter().sum::<f64>() / n as f64)
@@ -292,6 +336,7 @@ impl Study {
                         }
                     })
                     .collect(),
+                tuned: BOUNDS.map(|bound| self.tuned(p, bound)).to_vec(),
             })
             .collect()
     }
