@@ -42,8 +42,9 @@ pub(crate) struct Args {
     /// Poolings to compare, as for sparge attend; repeatable, or separated by commas
     #[arg(long, value_name = "POOLING", value_delimiter = ',', value_parser = flags::pooling,
           default_values = ["block", "128x64+var", "64x64+var", "32x32+var", "16x64+var", "64x16+var",
-                            "16x32+var", "32x16+var", "16x16", "16x16+var", "8x16+var", "16x8+var", "8x8+var",
-                            "16x4+var", "32x8+var", "64x8+var", "32x4+var", "16x1", "32x1", "64x1"])]
+                            "16x16", "16x16+var", "8x16+var", "16x8+var", "8x8+var", "16x4+var", "64x8+var",
+                            "16x1", "block+2rows", "16x64+var+2rows", "16x32+var+2rows", "16x16+2rows",
+                            "16x16+var+1rows", "16x16+var+2rows", "16x16+var+4rows", "16x8+var+2rows"])]
     pooling: Vec<Pooling>,
     /// Values of the judge's θ to try with block and 16x16+var
     #[arg(long, value_name = "COS", value_delimiter = ',', default_values_t = [0.3, 0.6])]
@@ -187,10 +188,8 @@ impl Study {
                 isa: context.isa,
                 ..SpargeConfig::default()
             };
-            let Pooling { q_rows, kv_rows, second_order } = pooling;
-            let second = if second_order { "+var" } else { "" };
             let judge = if theta > 0.0 { format!(", θ = {theta}") } else { String::new() };
-            let name = format!("{q_rows}x{kv_rows}{second}{judge}");
+            let name = format!("{}{judge}", flags::pooling_name(pooling));
             (name, Predictor::Ours(Ranking::Predicted { pooling, theta }, config))
         };
         let mut predictors: Vec<_> = args.pooling.iter().map(|&p| ours(p, 0.0)).collect();
