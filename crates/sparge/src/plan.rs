@@ -312,6 +312,8 @@ fn pooling(pooling: Pooling) -> Result<Pooling> {
         let ok = rows > 0 && block % rows == 0;
         setting(name, rows as f64, ok, "a divisor of the block (128 for q, 64 for k)")?;
     }
+    let (got, most) = (pooling.sampled_rows, BLOCK_Q);
+    setting("pooling.sampled_rows", got as f64, got <= most, "0 to 128, the rows of a block")?;
     Ok(pooling)
 }
 
