@@ -483,7 +483,7 @@ template <int D, class T, bool INT8, bool FP8> struct Attend {
 
 /// Grid: every part of every query block of every head of every sequence, longest rows first.
 template <int D, class T, bool INT8, bool FP8>
-__global__ void __launch_bounds__(128, D > 128 || FP8 ? 2 : 3)
+__global__ void __launch_bounds__(128, D > 96 || FP8 ? 2 : 3)
 attend_mma(const __grid_constant__ Call a) {
     using Work = Attend<D, T, INT8, FP8>;
     constexpr int PARTS = BLOCK_Q / Work::ROWS;

@@ -111,6 +111,7 @@ __device__ __forceinline__ void choose_blocks(const Call &a, const Head &head, c
 __device__ __forceinline__ void score(const Call &a, const float *q, int pitch, const float *k,
                                       int k0, int k_end, float (&c)[4][4]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll 1
     for (int d = 0; d < a.width; d += 16) {
         u32 hi[2][4], lo[2][4];
 #pragma unroll
@@ -150,7 +151,7 @@ __device__ __forceinline__ void score(const Call &a, const float *q, int pitch, 
 
 /// Grid: any; thread blocks share the groups of query blocks. Dynamic shared memory: 32 pooled
 /// queries of `pitch` floats.
-template <int> __global__ void __launch_bounds__(THREADS) choose(const __grid_constant__ Call a) {
+template <int> __global__ void __launch_bounds__(THREADS, 1) choose(const __grid_constant__ Call a) {
     extern __shared__ float4 q_tile4[];
     float *q_tile = reinterpret_cast<float *>(q_tile4);
     __shared__ float tops[BLOCK_Q], weights[BLOCK_Q];

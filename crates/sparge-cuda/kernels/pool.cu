@@ -67,7 +67,7 @@ __device__ __forceinline__ void pool_block(const Call &a, int at) {
 }
 
 /// Grid: all query blocks of all heads, then all key blocks.
-template <class T> __global__ void __launch_bounds__(THREADS) pool(const __grid_constant__ Call a) {
+template <class T> __global__ void __launch_bounds__(THREADS, 1) pool(const __grid_constant__ Call a) {
     const int q = a.heads * a.all_q_blocks;
     if (blockIdx.x < q) pool_block<T, true>(a, blockIdx.x);
     else pool_block<T, false>(a, blockIdx.x - q);
@@ -76,7 +76,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) pool(const __grid_
 /// Sums of K over each block. CLEAN: elements that are not finite do not enter.
 /// Grid: all key blocks of all heads.
 template <class T, bool CLEAN>
-__global__ void __launch_bounds__(128) sums(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(128, 1) sums(const __grid_constant__ Call a) {
     const Block b = Block::of<false>(a, blockIdx.x, a.ks);
     const int c = 2 * threadIdx.x;
     if (c >= a.dim) return;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128) sums(const __grid_constant__ Call a) {
 /// tokens must not be seen, up to the end of each block; for int8 of the sequence.
 /// Grid (sequences, kv_heads), a thread per channel.
 template <bool PER_BLOCK>
-__global__ void __launch_bounds__(THREADS) centres(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(THREADS, 1) centres(const __grid_constant__ Call a) {
     const int c = threadIdx.x, sequence = blockIdx.x, head = blockIdx.y;
     if (c >= a.dim) return;
     const Sequence s = a.sequences[sequence];
@@ -161,7 +161,7 @@ __device__ __forceinline__ void judge_block(const Call &a, int at) {
 }
 
 /// Grid as `pool`.
-template <class T> __global__ void __launch_bounds__(THREADS) judge(const __grid_constant__ Call a) {
+template <class T> __global__ void __launch_bounds__(THREADS, 1) judge(const __grid_constant__ Call a) {
     const int q = a.heads * a.all_q_blocks;
     if (blockIdx.x < q) judge_block<T, true>(a, blockIdx.x);
     else judge_block<T, false>(a, blockIdx.x - q);
@@ -170,7 +170,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) judge(const __grid
 /// Which 16-row groups of which blocks hold a pair that may be attended: bits of `groups`, zero
 /// before. Grid: (8 · q_blocks, sequences · element_heads); warps share the key blocks.
 template <int>
-__global__ void __launch_bounds__(THREADS) reach(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(THREADS, 1) reach(const __grid_constant__ Call a) {
     const int q_block = blockIdx.x / 8, group = blockIdx.x % 8;
     const int sequence = blockIdx.y / a.element_heads, head = blockIdx.y % a.element_heads;
     const Sequence s = a.sequences[sequence];
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(THREADS) reach(const __grid_constant__ Call a)
 /// exp(bias) over the pairs that are seen; NOTHING where none is.
 /// Grid: (q_subs, sequences · element_heads); warps share the pooled keys.
 template <int>
-__global__ void __launch_bounds__(THREADS) pool_mask(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(THREADS, 1) pool_mask(const __grid_constant__ Call a) {
     const int sub = blockIdx.x;
     const int sequence = blockIdx.y / a.element_heads, head = blockIdx.y % a.element_heads;
     const Sequence s = a.sequences[sequence];
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(THREADS) pool_mask(const __grid_constant__ Cal
 /// Counts of each head: blocks that are reachable and that are computed, 16-row groups likewise
 /// (the latter where the attention kernel does not count them). A warp per query block.
 template <int>
-__global__ void __launch_bounds__(THREADS) count(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(THREADS, 1) count(const __grid_constant__ Call a) {
     const int item = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (item >= a.n_sequences * a.heads * a.q_blocks) return;
     const int q_block = item % a.q_blocks, head = item / a.q_blocks % a.heads;

@@ -315,11 +315,37 @@ impl Attention {
         Ok(())
     }
 
+    /// Where [`Attention::quantize`] leaves int8 Q and K in the workspace; `None` where it does not,
+    /// or for the fast path's kernels alone.
+    #[must_use]
+    pub fn int8_offsets(&self) -> Option<Int8Offsets> {
+        let layout = &self.general.layout;
+        self.general.kernels.int8.is_some().then(|| Int8Offsets {
+            q8: self.general_at + layout.q8,
+            k8: self.general_at + layout.k8,
+            k_mean: self.general_at + layout.k_mean,
+            padded_dim: self.general.call.padded as usize,
+        })
+    }
+
     /// The sizes of the call.
     #[must_use]
     pub fn shape(&self) -> &AttentionShape {
         &self.shape
     }
+}
+
+/// Quantised queries and keys in the workspace, in bytes from its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Int8Offsets {
+    /// `[num_qo_heads, q blocks of all sequences, 128, padded_dim]`.
+    pub q8: usize,
+    /// `[num_kv_heads, key blocks of all sequences, 64, padded_dim]`.
+    pub k8: usize,
+    /// `[num_kv_heads, sequences, head_dim]` f32: what was taken off K.
+    pub k_mean: usize,
+    /// Bytes of a row.
+    pub padded_dim: usize,
 }
 
 /// Kernels read and write 16 bytes at a time.

@@ -2,7 +2,7 @@
 
 use crate::env::Environment;
 use crate::error::{Error, Result, driver};
-use crate::jit::{Compiler, Kernel};
+use crate::jit::{Compiler, Kernel, packed};
 use crate::launch;
 use crate::spec::{Arch, KernelSpec};
 use cudarc::driver::CudaContext;
@@ -22,7 +22,8 @@ pub struct Device(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     context: Arc<CudaContext>,
-    compiler: Compiler,
+    /// Loaded when a kernel is neither packed nor loaded yet.
+    compiler: Mutex<Option<Compiler>>,
     env: Environment,
     arch: Arch,
     multiprocessors: usize,
@@ -33,7 +34,7 @@ impl Device {
     /// Opens GPU `ordinal` in its primary context (the one PyTorch and the runtime API use).
     ///
     /// # Errors
-    /// [`Error::NoDriver`], [`Error::NoNvrtc`], [`Error::Gpu`], [`Error::Driver`].
+    /// [`Error::NoDriver`], [`Error::Gpu`], [`Error::Driver`].
     pub fn new(ordinal: usize, env: &Environment) -> Result<Self> {
         if !launch::has_driver() {
             return Err(Error::NoDriver);
@@ -50,7 +51,7 @@ impl Device {
             .map_err(driver("counting multiprocessors"))?;
         Ok(Self(Arc::new(Inner {
             context,
-            compiler: Compiler::load(env)?,
+            compiler: Mutex::default(),
             env: env.clone(),
             arch,
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1).max(1),
@@ -74,14 +75,25 @@ impl Device {
         &self.0.context
     }
 
+    fn compiler(&self) -> Result<Compiler> {
+        let mut compiler = self.0.compiler.lock().unwrap_or_else(PoisonError::into_inner);
+        match *compiler {
+            Some(compiler) => Ok(compiler),
+            None => Ok(*compiler.insert(Compiler::load(&self.0.env)?)),
+        }
+    }
+
     /// The kernel of `spec`, compiled and loaded at its first use.
     pub(crate) fn kernel(&self, spec: &KernelSpec) -> Result<Arc<Kernel>> {
         let mut kernels = self.0.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = kernels.get(spec) {
             return Ok(Arc::clone(kernel));
         }
-        let compiled =
-            self.0.compiler.compile_cached(spec, self.0.arch.name(), self.0.env.cache_dir.as_deref())?;
+        let (env, arch) = (&self.0.env, self.0.arch.name());
+        let compiled = match env.pack_dir.as_deref().and_then(|dir| packed(dir, spec, arch)) {
+            Some(compiled) => compiled,
+            None => self.compiler()?.compile_cached(spec, arch, env.cache_dir.as_deref())?,
+        };
         let kernel = Arc::new(Kernel::load(&self.0.context, &compiled, spec.most_shared_bytes())?);
         kernels.insert(*spec, Arc::clone(&kernel));
         Ok(kernel)

@@ -58,6 +58,14 @@ pub enum Error {
         /// The compiler's words.
         log: String,
     },
+    /// A pack of compiled kernels could not be written.
+    #[error("{file} could not be written: {message}")]
+    Pack {
+        /// The file.
+        file: String,
+        /// The system's words.
+        message: String,
+    },
     /// The driver refused a call.
     #[error("CUDA driver, while {doing}: {message}")]
     Driver {

@@ -29,7 +29,7 @@ mod spec;
 mod tables;
 mod tensors;
 
-pub use attention::Attention;
+pub use attention::{Attention, Int8Offsets};
 pub use device::{Device, Stream};
 pub use dtype::DType;
 pub use env::Environment;

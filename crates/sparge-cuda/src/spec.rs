@@ -60,7 +60,7 @@ pub enum Mma {
 
 impl Mma {
     /// Largest head dimension with quantised kernels: above, registers do not suffice.
-    pub(crate) const MOST_QUANTIZED: usize = 192;
+    pub(crate) const MOST_QUANTIZED: usize = 128;
     const DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
     /// The kernel's head dimension for one of at most 256.

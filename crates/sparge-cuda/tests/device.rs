@@ -359,15 +359,3 @@ fn nan_stays_in_its_block() {
         assert!(ran.o[600 * 64..].chunks(64).all(|row| row.iter().any(|x| x.is_nan())));
     }
 }
-
-#[test]
-fn what_the_gpu_lacks_is_refused_by_name() {
-    let Some((device, _)) = gpu() else { return };
-    let host = Host::new(CASES[0], 1);
-    let judged = SpargeConfig { theta: 0.5.into(), ..Default::default() };
-    let shape = AttentionShape { head_dim: 96, head_dim_v: 96, ..host.shape };
-    for (shape, config) in [(host.shape, judged), (shape, SpargeConfig::default())] {
-        let refused = Attention::new(&device, shape, DType::F16, &host.options(), &config);
-        assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
-    }
-}

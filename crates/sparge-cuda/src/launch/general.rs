@@ -257,6 +257,9 @@ impl General {
         (call.v, call.v_strides) = part(&inputs.v);
         if let Some(mask) = &inputs.element_mask {
             (call.element, call.element_strides) = part(mask);
+            if call.element_heads == 1 {
+                call.element_strides.head = 0;
+            }
         }
         if let Some(mask) = &inputs.block_mask {
             call.allowed = mask.address;
