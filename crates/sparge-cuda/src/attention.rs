@@ -60,7 +60,8 @@ impl Attention {
         config: &SpargeConfig,
         cuda: &CudaOptions,
     ) -> Result<Self> {
-        let unsupported = |what: &str, remedy| Err(Error::Unsupported { what: what.into(), remedy });
+        let unsupported =
+            |what: &str, remedy| Err(Error::Unsupported { what: what.into(), remedy });
         if options.block_mask.is_some() {
             return unsupported(
                 "a block mask in host memory",
@@ -300,7 +301,9 @@ impl Attention {
             (true, Some(mask)) if mask.address == 0 || mask.address % 4 != 0 => {
                 fail("block_mask", "its address is not a multiple of 4".into())
             }
-            _ => self.device.context().bind_to_thread().map_err(driver("making the context current")),
+            _ => {
+                self.device.context().bind_to_thread().map_err(driver("making the context current"))
+            }
         }
     }
 

@@ -11,9 +11,7 @@ use crate::options::{CudaOptions, Precision};
 use crate::spec::{Arch, KernelSpec, Mma};
 use crate::tables::{Head, Tables};
 use crate::tensors::MaskKind;
-use sparge::{
-    AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Pooling, SpargeConfig,
-};
+use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Pooling, SpargeConfig};
 use std::sync::Arc;
 
 /// A kind of call on the general path.
@@ -199,11 +197,12 @@ impl General {
             s.batch as u128 * heads * s.qo_len.max(s.kv_len) as u128,
             2 * (s.qo_len.max(s.kv_len) as u128),
         ];
-        if counts.iter().any(|&count| count > i32::MAX as u128 / 2)
-            || sequences * heads > 65535
-        {
+        if counts.iter().any(|&count| count > i32::MAX as u128 / 2) || sequences * heads > 65535 {
             return Err(Error::Unsupported {
-                what: format!("a call of {sequences} sequences × {heads} heads × {} rows", s.qo_len),
+                what: format!(
+                    "a call of {sequences} sequences × {heads} heads × {} rows",
+                    s.qo_len
+                ),
                 remedy: "call on fewer heads or sequences at a time",
             });
         }
@@ -214,7 +213,8 @@ impl General {
     pub(crate) fn selects(&self) -> bool {
         self.tables.sequences.iter().any(|s| {
             self.tables.heads.iter().any(|h: &Head| {
-                h.keeps_all == 0 && !(h.is_auto != 0 && is_short(s.q_len as usize, s.kv_len as usize))
+                h.keeps_all == 0
+                    && !(h.is_auto != 0 && is_short(s.q_len as usize, s.kv_len as usize))
             })
         })
     }

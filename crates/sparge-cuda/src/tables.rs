@@ -75,8 +75,11 @@ impl Tables {
         };
         let packed = matches!(options.lengths, Lengths::Packed { .. });
         let mut all = [0, 0];
-        let mut longest =
-            if packed { [0, 0] } else { [shape.qo_len.div_ceil(BLOCK_Q), shape.kv_len.div_ceil(BLOCK_KV)] };
+        let mut longest = if packed {
+            [0, 0]
+        } else {
+            [shape.qo_len.div_ceil(BLOCK_Q), shape.kv_len.div_ceil(BLOCK_KV)]
+        };
         for s in &mut sequences {
             let (q_len, kv_len) = (s.q_len as usize, s.kv_len as usize);
             s.diagonal = match options.causal.unwrap_or(Alignment::BottomRight) {
@@ -100,8 +103,18 @@ impl Tables {
         let mut words = Vec::new();
         for s in &self.sequences {
             let fields = [
-                s.batch, s.q_start, s.q_len, s.kv_start, s.kv_len, s.diagonal, s.q_block0,
-                s.kv_block0, s.is_short, 0, 0, 0,
+                s.batch,
+                s.q_start,
+                s.q_len,
+                s.kv_start,
+                s.kv_len,
+                s.diagonal,
+                s.q_block0,
+                s.kv_block0,
+                s.is_short,
+                0,
+                0,
+                0,
             ];
             words.extend(fields.map(|x| x as u32));
         }

@@ -181,10 +181,8 @@ fn run(
         strides: Strides::contiguous(Host::dims(&host.shape, queries), host.case.layout),
     };
     let inputs = Inputs::new(tensor(&q, true), tensor(&k, false), tensor(&v, false));
-    let output = Output {
-        lse: want_lse.then(|| address(&lse, &stream)),
-        ..Output::new(tensor(&o, true))
-    };
+    let output =
+        Output { lse: want_lse.then(|| address(&lse, &stream)), ..Output::new(tensor(&o, true)) };
     // SAFETY: all buffers have the sizes of the shape and live past the synchronisation.
     unsafe {
         attention.forward(

@@ -95,7 +95,8 @@ fn problems() -> Vec<Problem> {
     add(Problem::new("bool mask", [2, 4, 2, 260, 300, 64, 64], F16), &|p| {
         // Row 5 sees nothing; whole blocks are out.
         let dims = Dims { batch: 1, heads: 1, len: 260, dim: 300 };
-        let sees = |i: usize, j: usize| i != 5 && (i * 7 + j * 3) % 5 != 0 && !(i < 128 && j / 64 == 2);
+        let sees =
+            |i: usize, j: usize| i != 5 && (i * 7 + j * 3) % 5 != 0 && !(i < 128 && j / 64 == 2);
         p.element = Some(bool_mask(dims, sees));
     });
     add(Problem::new("bool mask, causal", [2, 2, 2, 300, 300, 128, 128], Bf16).nhd(), &|p| {
@@ -240,8 +241,8 @@ fn heads_have_their_own_settings_and_statistics() {
     for (i, (stats, cpu)) in ran.stats.chunks(4).zip(side.stats.heads()).enumerate() {
         let [reachable, qk, groups, pv] = [stats[0], stats[1], stats[2], stats[3]];
         println!("head {i}: {stats:?}, CPU {cpu:?}");
-        let exact = (reachable, qk, groups)
-            == (cpu.reachable_blocks, cpu.qk_blocks, cpu.reachable_groups);
+        let exact =
+            (reachable, qk, groups) == (cpu.reachable_blocks, cpu.qk_blocks, cpu.reachable_groups);
         // Scores on the edge of λ may fall to either side.
         if !exact || pv.abs_diff(cpu.pv_groups) * 200 > cpu.pv_groups {
             failures.push(format!("head {i}: {stats:?}, CPU {cpu:?}"));
@@ -279,7 +280,9 @@ fn causal_rows_do_not_see_the_future() {
     let (len, dim, from) = (1300, 64, 700);
     let mut p = Problem::new("causal", [1, 2, 1, len, len, dim, dim], DType::Bf16);
     (p.causal, p.cuda) = (Some(Alignment::TopLeft), HALF);
-    for (config, until) in [(SpargeConfig::dense(), from), (SpargeConfig::default(), from / 128 * 128)] {
+    for (config, until) in
+        [(SpargeConfig::dense(), from), (SpargeConfig::default(), from / 128 * 128)]
+    {
         p.config = config;
         let a = p.run(&gpu);
         let mut other = p.clone();
@@ -308,9 +311,13 @@ fn what_is_not_finite_stays_where_it_belongs() {
                 let dims = Dims { batch: 1, heads: 1, len: 300, dim: 300 };
                 p.element = Some(bool_mask(dims, |i, j| (i + j) % 4 != 0));
             }
-            for (which, value) in
-                [(0, f32::NAN), (1, f32::NAN), (2, f32::NAN), (2, f32::INFINITY), (1, f32::INFINITY)]
-            {
+            for (which, value) in [
+                (0, f32::NAN),
+                (1, f32::NAN),
+                (2, f32::NAN),
+                (2, f32::INFINITY),
+                (1, f32::INFINITY),
+            ] {
                 let mut clean = p.clone();
                 let p = &mut clean;
                 let x = [&mut p.q, &mut p.k, &mut p.v].into_iter().nth(which).expect("three");
@@ -352,12 +359,12 @@ fn int8_values_are_exact() {
     let offsets = attention.int8_offsets().expect("quantised on the general path");
     let padded = offsets.padded_dim;
     let byte = |at: usize| ran.workspace[at] as i8;
-    let float = |at: usize| {
-        f32::from_le_bytes(ran.workspace[at..at + 4].try_into().expect("four bytes"))
-    };
+    let float =
+        |at: usize| f32::from_le_bytes(ran.workspace[at..at + 4].try_into().expect("four bytes"));
     for head in 0..heads {
         let row = |x: &[f32], i: usize| x[(head * len + i) * dim..][..dim].to_vec();
-        let mean: Vec<f32> = (0..dim).map(|c| float(offsets.k_mean + (head * dim + c) * 4)).collect();
+        let mean: Vec<f32> =
+            (0..dim).map(|c| float(offsets.k_mean + (head * dim + c) * 4)).collect();
         for (c, &mean) in mean.iter().enumerate() {
             let exact = (0..len).map(|i| f64::from(row(&p.k, i)[c])).sum::<f64>() / len as f64;
             assert!((f64::from(mean) - exact).abs() < 1e-6 * (1.0 + exact.abs()), "{mean} {exact}");
@@ -370,7 +377,11 @@ fn int8_values_are_exact() {
             for (x, at) in [(&q, q_row), (&k, k_row)] {
                 let inverse = 127.0 / x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
                 for (c, x) in x.iter().enumerate() {
-                    assert_eq!(byte(at + c), (x * inverse).round_ties_even() as i8, "{head} {i} {c}");
+                    assert_eq!(
+                        byte(at + c),
+                        (x * inverse).round_ties_even() as i8,
+                        "{head} {i} {c}"
+                    );
                 }
                 assert!((dim..padded).all(|c| byte(at + c) == 0));
             }

@@ -277,4 +277,3 @@ unsafe fn clear(address: u64, bytes: usize, stream: Stream) -> Result<()> {
     unsafe { result::memset_d8_async(address, 0, bytes, stream.0.cast()) }
         .map_err(driver("clearing counters"))
 }
-

@@ -1,6 +1,10 @@
 //! A call on a GPU beside the same call in the reference.
 #![allow(dead_code, reason = "each test file uses its part")]
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "figures and skips are worth reading")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "figures and skips are worth reading"
+)]
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use half::{bf16, f16};
@@ -241,19 +245,20 @@ impl Problem {
             block_mask: self.block_mask.as_ref(),
             ..self.options()
         };
-        Plan::new(self.shape, &options, &self.config).unwrap_or_else(|e| panic!("{}: {e}", self.name))
+        Plan::new(self.shape, &options, &self.config)
+            .unwrap_or_else(|e| panic!("{}: {e}", self.name))
     }
 
     pub(crate) fn attention(&self, gpu: &Gpu) -> Attention {
         let element_mask = self.element.as_ref().map(|element| match element {
-            Element::Bool(dims, _) => ElementMask { kind: MaskKind::Bool, per_head: dims.heads > 1 },
-            Element::Bias(dims, _) => ElementMask {
-                kind: MaskKind::Additive(DType::F32),
-                per_head: dims.heads > 1,
-            },
+            Element::Bool(dims, _) => {
+                ElementMask { kind: MaskKind::Bool, per_head: dims.heads > 1 }
+            }
+            Element::Bias(dims, _) => {
+                ElementMask { kind: MaskKind::Additive(DType::F32), per_head: dims.heads > 1 }
+            }
         });
-        let cuda =
-            CudaOptions { element_mask, block_mask: self.block_mask.is_some(), ..self.cuda };
+        let cuda = CudaOptions { element_mask, block_mask: self.block_mask.is_some(), ..self.cuda };
         let options = self.options();
         Attention::with(&gpu.device, self.shape, self.dtype, &options, &self.config, &cuda)
             .unwrap_or_else(|e| panic!("{}: {e}", self.name))
@@ -319,11 +324,8 @@ impl Buffers {
             address: address(slice, &stream),
             strides: Strides::contiguous(dims, p.layout),
         };
-        let mut inputs = Inputs::new(
-            tensor(&tensors[0], qd),
-            tensor(&tensors[1], kd),
-            tensor(&tensors[2], vd),
-        );
+        let mut inputs =
+            Inputs::new(tensor(&tensors[0], qd), tensor(&tensors[1], kd), tensor(&tensors[2], vd));
         if let Some(element) = &p.element {
             let (dims, bytes) = match element {
                 Element::Bool(dims, data) => {
@@ -429,7 +431,10 @@ pub(crate) fn relative_l1(a: &[f32], b: &[f64]) -> f64 {
 pub(crate) fn lse_error(a: &[f32], b: &[f64]) -> f64 {
     a.iter().zip(b).fold(0.0, |most: f64, (&a, &b)| {
         let lowest = a < -1e37 && b < -1e37 && a.is_finite();
-        let e = if lowest || f64::from(a) == b || !b.is_finite() && b != f64::NEG_INFINITY && !a.is_finite() {
+        let e = if lowest
+            || f64::from(a) == b
+            || !b.is_finite() && b != f64::NEG_INFINITY && !a.is_finite()
+        {
             0.0
         } else {
             (f64::from(a) - b).abs()
@@ -439,7 +444,12 @@ pub(crate) fn lse_error(a: &[f32], b: &[f64]) -> f64 {
 }
 
 /// Compares a run with the reference; what is wrong goes to `failures`, so that one run shows all.
-pub(crate) fn compare(p: &Problem, ran: &Ran, expected: &reference::Output, failures: &mut Vec<String>) {
+pub(crate) fn compare(
+    p: &Problem,
+    ran: &Ran,
+    expected: &reference::Output,
+    failures: &mut Vec<String>,
+) {
     let (most, most_lse) = match (p.cuda.precision, p.dtype) {
         (sparge_cuda::Precision::Quantized, _) => (0.025, 0.1),
         (_, DType::F16) => (0.002, 0.002),
