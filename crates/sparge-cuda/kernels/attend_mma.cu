@@ -336,10 +336,12 @@ template <int D, class T, bool INT8, bool FP8> struct Attend {
         auto word = [&](int i) {
             return reinterpret_cast<u32 *>(v() + PV::at(i / WORDS, i % WORDS / 4)) + i % 4;
         };
-        if (is_cut)
+        if (is_cut) {
+            __syncthreads();  // what the other threads copied is there too
 #pragma unroll 1
             for (int i = threadIdx.x; i < V_ROWS * WORDS; i += THREADS)
                 bad |= not_finite(*word(i)) != 0;
+        }
         if (!__syncthreads_or(bad)) return false;
         for (int i = threadIdx.x; i < 2 * D; i += THREADS) bad_keys()[i] = 0;
         __syncthreads();

@@ -234,7 +234,8 @@ impl General {
         let selects = duties.predicts && self.selects();
         let k = &mut self.kernels;
         if duties.predicts {
-            k.choose = Some(load(KernelSpec::Choose)?);
+            let sub_block = (self.pooling.q_rows, self.pooling.kv_rows) == (16, 16);
+            k.choose = Some(load(KernelSpec::Choose { sub_block })?);
         }
         if selects {
             k.pool = Some(load(KernelSpec::PoolRows { dtype })?);

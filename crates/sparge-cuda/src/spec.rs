@@ -166,7 +166,10 @@ pub enum KernelSpec {
     /// Statistics.
     Count,
     /// Selection.
-    Choose,
+    Choose {
+        /// Made for 16×16 pooling; else for any.
+        sub_block: bool,
+    },
     /// Attention over kept blocks.
     AttendMma {
         /// Head dimension of the kernel.
@@ -250,7 +253,8 @@ impl KernelSpec {
 
     /// The general path up to the attention kernel.
     fn preparation() -> Vec<Self> {
-        let mut specs = vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count, Self::Choose];
+        let mut specs = vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count];
+        specs.extend([false, true].map(|sub_block| Self::Choose { sub_block }));
         specs.extend([0, 1, 2].map(|which| Self::Cast { which }));
         specs.extend([false, true].map(|per_block| Self::Centres { per_block }));
         for dtype in [DType::F16, DType::Bf16, DType::F32] {
@@ -317,7 +321,8 @@ impl KernelSpec {
             Self::Reach => "sparge::reach<0>".into(),
             Self::PoolMask => "sparge::pool_mask<0>".into(),
             Self::Count => "sparge::count<0>".into(),
-            Self::Choose => "sparge::choose<0>".into(),
+            Self::Choose { sub_block: false } => "sparge::choose<0, 0>".into(),
+            Self::Choose { sub_block: true } => "sparge::choose<16, 16>".into(),
             Self::AttendMma { dim, dtype, mma } => {
                 let (int8, fp8) = (mma != Mma::Half, mma == Mma::Int8Fp8);
                 format!("sparge::attend_mma<{dim}, {}, {int8}, {fp8}>", dtype.cuda_name())
@@ -342,7 +347,7 @@ impl KernelSpec {
             | Self::Reach
             | Self::PoolMask
             | Self::Count => source!("pool.cu"),
-            Self::Choose => source!("choose.cu"),
+            Self::Choose { .. } => source!("choose.cu"),
             Self::AttendMma { .. } => source!("attend_mma.cu"),
         }
     }
@@ -351,7 +356,7 @@ impl KernelSpec {
     pub(crate) fn most_shared_bytes(&self) -> usize {
         match *self {
             // 32 pooled queries of two 256-wide features and padding.
-            Self::Choose => 32 * (512 + 16) * 4,
+            Self::Choose { .. } => 32 * (512 + 16) * 4,
             // Tiles of q, k and v, key scales, places of bad values: `Attend::BYTES`.
             Self::AttendMma { dim, mma, .. } => {
                 let pitch = |row: usize| if row.is_multiple_of(128) { row } else { row + 16 };
