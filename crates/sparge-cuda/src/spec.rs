@@ -195,11 +195,12 @@ macro_rules! source {
 }
 
 /// What the sources include.
-pub(crate) const HEADERS: [Source; 8] = [
+pub(crate) const HEADERS: [Source; 9] = [
     source!("sparge/types.cuh"),
     source!("sparge/tiles.cuh"),
     source!("sparge/call.cuh"),
     source!("sparge/rows.cuh"),
+    source!("sparge/walk.cuh"),
     source!("sparge/ptx/mma.cuh"),
     source!("sparge/ptx/math.cuh"),
     source!("sparge/ptx/mbarrier.cuh"),

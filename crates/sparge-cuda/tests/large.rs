@@ -290,10 +290,18 @@ fn timings() {
             };
             let (a, output) = (&b.attention, sparge_cuda::Output { stats: None, ..b.output });
             let (inputs, at) = (&b.inputs, b.workspace_address);
-            // SAFETY: all buffers have the sizes of the shape and live past the synchronisation.
-            let quantize = time(&|| unsafe { a.quantize(stream, inputs, at).expect("launch") });
-            let predict = time(&|| unsafe { a.predict(stream, inputs, mask, at).expect("launch") });
-            let all = time(&|| unsafe { a.forward(stream, inputs, &output, at).expect("launch") });
+            let quantize = time(&|| {
+                // SAFETY: all buffers have the sizes of the shape and outlive the synchronisation.
+                unsafe { a.quantize(stream, inputs, at) }.expect("launch");
+            });
+            let predict = time(&|| {
+                // SAFETY: all buffers have the sizes of the shape and outlive the synchronisation.
+                unsafe { a.predict(stream, inputs, mask, at) }.expect("launch");
+            });
+            let all = time(&|| {
+                // SAFETY: all buffers have the sizes of the shape and outlive the synchronisation.
+                unsafe { a.forward(stream, inputs, &output, at) }.expect("launch");
+            });
             let kept = b.read(&p).mask.map_or(0, |mask| mask.count());
             println!(
                 "{name} {path:?} {precision:?}: quantize {quantize:.3} ms, predict {predict:.3} ms, all {all:.3} ms, {kept} blocks kept"
