@@ -28,11 +28,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(FULL, x, 2);
 }
 
-template <class T> struct IsF16 { static constexpr bool value = false; };
-template <> struct IsF16<F16> { static constexpr bool value = true; };
-template <bool INT8> struct QkSum { using Type = float; };
-template <> struct QkSum<true> { using Type = i32; };
-
 template <int D, class T, bool INT8, bool FP8> struct Attend {
     static constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
     static constexpr int QK_ROW = INT8 ? D : 2 * D;       // bytes

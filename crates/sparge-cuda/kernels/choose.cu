@@ -111,7 +111,7 @@ __device__ __forceinline__ void choose_blocks(const Call &a, const Head &head, c
 __device__ __forceinline__ void score(const Call &a, const float *q, int pitch, const float *k,
                                       int k0, int k_end, float (&c)[4][4]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    constexpr int AHEAD = 3;  // loads of this many steps are in flight
+    constexpr int AHEAD = 2;  // loads of this many steps are in flight
     float4 loaded[AHEAD][2];
     auto load = [&](int d, float4 (&x)[2]) {
 #pragma unroll

@@ -32,6 +32,12 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], u32 addres
                  : "memory");
 }
 
+template <class T> struct IsF16 { static constexpr bool value = false; };
+template <> struct IsF16<F16> { static constexpr bool value = true; };
+/// What Q·Kᵀ sums in.
+template <bool INT8> struct QkSum { using Type = float; };
+template <> struct QkSum<true> { using Type = i32; };
+
 /// c += a·bᵀ, 16 × 8 × 16, f32 sums.
 template <class T> __device__ __forceinline__ void mma_half(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
 template <>
