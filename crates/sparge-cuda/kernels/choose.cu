@@ -184,7 +184,8 @@ choose(const __grid_constant__ Call a) {
     const int pitch = a.kv_blocks * entries;
     const int q_pitch = a.width + (a.width % 32 == 0 ? 16 : 0);
     float *lse = a.scratch + static_cast<i64>(blockIdx.x) *
-                                 (rows * pitch + blocks * a.kv_blocks + ceil_div(blocks * a.kv_blocks, 4));
+                                 (static_cast<i64>(rows) * pitch + blocks * a.kv_blocks +
+                                  ceil_div(blocks * a.kv_blocks, 4));
     float *masses = lse + static_cast<i64>(rows) * pitch;
     u8 *kinds = reinterpret_cast<u8 *>(masses + blocks * a.kv_blocks);
     const int chunks = ceil_div(a.q_blocks, blocks);
@@ -250,7 +251,12 @@ choose(const __grid_constant__ Call a) {
                 // The tile may cross the end of the sinks; then it is not plain.
                 const bool crosses = key < view.sink && view.sink < key_end;
                 const Coverage whole = crosses ? PARTIAL_TILE : view.tile(row, row_end, key, key_end);
-                if (whole == EMPTY_TILE) continue;  // no block of it is reachable
+                if (whole == EMPTY_TILE) {
+                    // No block of it is reachable, where it holds a whole one; else it is an entry
+                    // of a block whose other keys may be.
+                    if (per_block > 16) lse[static_cast<i64>(pass + lane) * pitch + k0 / 16] = MINUS_INFINITY;
+                    continue;
+                }
                 const bool plain = whole == FULL_TILE && key + 16 * kv_rows <= s.kv_len &&
                                    a.element_kind == NO_MASK;
                 float c[4][4] = {};
@@ -279,7 +285,7 @@ choose(const __grid_constant__ Call a) {
                                         [((static_cast<i64>(sequence) * a.element_heads + h) *
                                               a.q_blocks * subs + first * subs + sub) *
                                              a.kv_blocks * per_block + index];
-                                    seen = as_bits(bias) != NOTHING;
+                                    seen = bias != MINUS_INFINITY;
                                     x[r] += bias;
                                 }
                                 if (!seen) x[r] = MINUS_INFINITY;

@@ -63,7 +63,7 @@ __device__ __forceinline__ void quantize_block(const Call &a, int at) {
         }
         top = __reduce_max_sync(FULL, top);
         if (IS_Q) shift = warp_sum(shift);
-        const float most = as_float(top), inverse = top == 0 ? 0.f : __fdiv_rn(127.f, most);
+        const float most = as_float(top), inverse = is_tiny(most) ? 0.f : __fdiv_rn(127.f, most);
         i8 *to = (IS_Q ? a.q8 : a.k8) + (static_cast<i64>(at) * SIZE + r) * a.padded;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 1) quantize_v(const __grid_constant__
         const int c = i % (a.padded / 2) * 2, group = i / (a.padded / 2);
         float by[2] = {};
         if (c < a.dim_v)
-            for (int e = 0; e < 2; e++) by[e] = amax[c + e] == 0 ? 0.f : 448.f / as_float(amax[c + e]);
+            for (int e = 0; e < 2; e++) by[e] = is_tiny(as_float(amax[c + e])) ? 0.f : 448.f / as_float(amax[c + e]);
         u32 words[2][4];
 #pragma unroll
         for (int t = 0; t < 4; t++) {

@@ -1,11 +1,13 @@
 //! A GPU and the kernels loaded on it.
 
+use crate::context::{Context, Restore};
 use crate::env::Environment;
 use crate::error::{Error, Result, driver};
 use crate::jit::{Compiler, Kernel, packed};
 use crate::launch;
 use crate::spec::{Arch, KernelSpec};
-use cudarc::driver::CudaContext;
+use cudarc::driver::sys::CUresult;
+use cudarc::driver::{CudaContext, DriverError};
 use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +23,7 @@ pub struct Device(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    context: Arc<CudaContext>,
+    context: Context,
     /// Loaded when a kernel is neither packed nor loaded yet.
     compiler: Mutex<Option<Compiler>>,
     env: Environment,
@@ -34,12 +36,13 @@ impl Device {
     /// Opens GPU `ordinal` in its primary context (the one PyTorch and the runtime API use).
     ///
     /// # Errors
-    /// [`Error::NoDriver`], [`Error::Gpu`], [`Error::Driver`].
+    /// [`Error::NoDriver`], [`Error::NoDevice`], [`Error::Gpu`], [`Error::Driver`].
     pub fn new(ordinal: usize, env: &Environment) -> Result<Self> {
         if !launch::has_driver() {
             return Err(Error::NoDriver);
         }
-        let context = CudaContext::new(ordinal).map_err(driver("opening the GPU"))?;
+        let _restore = Restore::later();
+        let context = CudaContext::new(ordinal).map_err(|error| unopened(ordinal, error))?;
         let (major, minor) =
             context.compute_capability().map_err(driver("reading the compute capability"))?;
         let Some(arch) = Arch::of(major, minor) else {
@@ -50,7 +53,7 @@ impl Device {
             .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(driver("counting multiprocessors"))?;
         Ok(Self(Arc::new(Inner {
-            context,
+            context: Context::new(context),
             compiler: Mutex::default(),
             env: env.clone(),
             arch,
@@ -71,7 +74,7 @@ impl Device {
         self.0.multiprocessors
     }
 
-    pub(crate) fn context(&self) -> &Arc<CudaContext> {
+    pub(crate) fn context(&self) -> &Context {
         &self.0.context
     }
 
@@ -97,5 +100,31 @@ impl Device {
         let kernel = Arc::new(Kernel::load(&self.0.context, &compiled, spec.most_shared_bytes())?);
         kernels.insert(*spec, Arc::clone(&kernel));
         Ok(kernel)
+    }
+}
+
+/// Why a GPU could not be opened.
+fn unopened(ordinal: usize, error: DriverError) -> Error {
+    match error.0 {
+        // No GPU at all, none of this number, or a driver library without a driver.
+        CUresult::CUDA_ERROR_NO_DEVICE
+        | CUresult::CUDA_ERROR_INVALID_DEVICE
+        | CUresult::CUDA_ERROR_STUB_LIBRARY => {
+            Error::NoDevice { ordinal, message: error.to_string() }
+        }
+        _ => driver("opening the GPU")(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_without_a_gpu_is_said_to_be_one() {
+        let error = unopened(3, DriverError(CUresult::CUDA_ERROR_INVALID_DEVICE));
+        assert!(matches!(error, Error::NoDevice { ordinal: 3, .. }), "{error}");
+        let error = unopened(0, DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY));
+        assert!(matches!(error, Error::Driver { .. }), "{error}");
     }
 }

@@ -16,6 +16,7 @@
 //! and is not used: the products it would leave out are computed.
 
 mod attention;
+mod context;
 mod device;
 mod dtype;
 mod env;

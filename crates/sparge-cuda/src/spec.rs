@@ -165,6 +165,8 @@ pub enum KernelSpec {
     PoolMask,
     /// Statistics.
     Count,
+    /// A mask and the caller's block mask, for the fast path.
+    Intersect,
     /// Selection.
     Choose {
         /// Made for 16×16 pooling; else for any.
@@ -254,7 +256,7 @@ impl KernelSpec {
 
     /// The general path up to the attention kernel.
     fn preparation() -> Vec<Self> {
-        let mut specs = vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count];
+        let mut specs = vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count, Self::Intersect];
         specs.extend([false, true].map(|sub_block| Self::Choose { sub_block }));
         specs.extend([0, 1, 2].map(|which| Self::Cast { which }));
         specs.extend([false, true].map(|per_block| Self::Centres { per_block }));
@@ -322,6 +324,7 @@ impl KernelSpec {
             Self::Reach => "sparge::reach<0>".into(),
             Self::PoolMask => "sparge::pool_mask<0>".into(),
             Self::Count => "sparge::count<0>".into(),
+            Self::Intersect => "sparge::intersect<0>".into(),
             Self::Choose { sub_block: false } => "sparge::choose<0, 0>".into(),
             Self::Choose { sub_block: true } => "sparge::choose<16, 16>".into(),
             Self::AttendMma { dim, dtype, mma } => {
@@ -347,7 +350,8 @@ impl KernelSpec {
             | Self::Judge { .. }
             | Self::Reach
             | Self::PoolMask
-            | Self::Count => source!("pool.cu"),
+            | Self::Count
+            | Self::Intersect => source!("pool.cu"),
             Self::Choose { .. } => source!("choose.cu"),
             Self::AttendMma { .. } => source!("attend_mma.cu"),
         }
