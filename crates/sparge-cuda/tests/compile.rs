@@ -1,11 +1,17 @@
-//! Compiles every kernel for every supported architecture; needs NVRTC, no GPU.
+//! Compiles every kernel for every architecture; needs NVRTC, no GPU.
 
 use sparge_cuda::{Compiler, Environment, Error, KernelSpec};
+use std::collections::HashSet;
+use std::process::{Command, Stdio};
+
+/// NVRTC compiles one program at a time in a process: the work is shared out among processes of
+/// this very test, which are told their part in this variable, as `part/parts`.
+const PART: &str = "SPARGE_COMPILE_PART";
 
 #[test]
 fn all_kernels_compile_without_spills_or_warnings() {
-    let env = Environment::from_process();
-    let compiler = match Compiler::load(&env) {
+    let part = std::env::var(PART).ok();
+    let compiler = match Compiler::load(&Environment::from_process()) {
         Ok(compiler) => compiler,
         Err(error @ Error::NoNvrtc { .. }) => {
             assert!(std::env::var_os("SPARGE_REQUIRE_NVRTC").is_none_or(|v| v != "1"), "{error}");
@@ -14,22 +20,48 @@ fn all_kernels_compile_without_spills_or_warnings() {
         }
         Err(error) => panic!("{error}"),
     };
+    match part {
+        Some(part) => {
+            let (part, parts) = part.split_once('/').expect("part/parts");
+            compile(&compiler, part.parse().expect("a number"), parts.parse().expect("a number"));
+        }
+        None => share_out(),
+    }
+}
+
+/// Starts a process a processor and waits for all of them.
+fn share_out() {
+    let parts = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
+    let this = std::env::current_exe().expect("a test has an executable");
+    let children: Vec<_> = (0..parts)
+        .map(|part| {
+            Command::new(&this)
+                .args(["--exact", "all_kernels_compile_without_spills_or_warnings", "--nocapture"])
+                .env(PART, format!("{part}/{parts}"))
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("the test starts itself")
+        })
+        .collect();
+    for child in children {
+        let output = child.wait_with_output().expect("the process ran");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+    }
+}
+
+fn compile(compiler: &Compiler, part: usize, parts: usize) {
     let mut failures = Vec::new();
-    for arch in KernelSpec::architectures() {
-        for spec in KernelSpec::all() {
-            match compiler.compile(&spec, arch) {
-                Err(error) => failures.push(error.to_string()),
-                Ok(compiled) => {
-                    assert!(!compiled.cubin.is_empty());
-                    assert!(!compiled.log.is_empty(), "the assembler reports resources");
-                    failures.extend(
-                        compiled
-                            .log
-                            .lines()
-                            .filter(|line| is_bad(line))
-                            .map(|line| format!("{} for {arch}: {line}", spec.name())),
-                    );
-                }
+    for (arch, spec) in KernelSpec::all().iter().skip(part).step_by(parts) {
+        match compiler.compile(spec, arch.name()) {
+            Err(error) => failures.push(error.to_string()),
+            Ok(compiled) => {
+                assert!(!compiled.cubin.is_empty());
+                assert!(!compiled.log.is_empty(), "the assembler reports resources");
+                let bad = compiled.log.lines().filter(|line| is_bad(line));
+                failures
+                    .extend(bad.map(|line| format!("{} for {}: {line}", spec.name(), arch.name())));
             }
         }
     }
@@ -46,9 +78,8 @@ fn is_bad(line: &str) -> bool {
 
 #[test]
 fn specs_are_distinct() {
-    let mut names: Vec<String> = KernelSpec::all().iter().map(KernelSpec::name).collect();
-    let all = names.len();
-    names.sort_unstable();
-    names.dedup();
-    assert_eq!(names.len(), all);
+    let all = KernelSpec::all();
+    let names: HashSet<String> =
+        all.iter().map(|(arch, spec)| format!("{} {}", arch.name(), spec.name())).collect();
+    assert_eq!(names.len(), all.len());
 }
