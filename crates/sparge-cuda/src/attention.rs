@@ -90,6 +90,12 @@ impl Attention {
         let general = General::new(&plan, shape, dtype, options, config, cuda)?;
         // The fast path attends under one mask: the caller's, too, goes through the selection.
         let predicts = general.selects() || (is_fast && cuda.block_mask);
+        if general.selects() && config.pooling.sampled_rows > 0 {
+            return unsupported(
+                "scoring sampled queries (pooling.sampled_rows, part of the CPU's default)",
+                "use sparge_cuda::default_config(), or set config.pooling to Pooling::SECOND_ORDER",
+            );
+        }
         let judges = config.theta.values().iter().any(|&theta| theta > 0.0);
         let hopper = if is_fast {
             let own = hopper::pool_of(config.pooling).filter(|_| !judges && !cuda.block_mask);

@@ -153,9 +153,9 @@ fn sparse_calls_match_the_reference() {
     let Some(gpu) = gpu() else { return };
     let mut failures = Vec::new();
     let (mut rows, mut close) = (0, 0);
-    let odd = Pooling { q_rows: 32, kv_rows: 8, second_order: true };
-    let fine = Pooling { q_rows: 1, kv_rows: 64, second_order: false };
-    let coarse = Pooling { q_rows: 128, kv_rows: 1, second_order: false };
+    let odd = Pooling { q_rows: 32, kv_rows: 8, second_order: true, sampled_rows: 0 };
+    let fine = Pooling { q_rows: 1, kv_rows: 64, second_order: false, sampled_rows: 0 };
+    let coarse = Pooling { q_rows: 128, kv_rows: 1, second_order: false, sampled_rows: 0 };
     let settings = [
         (Selection::TopCdf(0.9), Pooling::SECOND_ORDER, 0.0),
         (Selection::TopK(0.3), Pooling::BLOCK, 0.0),
