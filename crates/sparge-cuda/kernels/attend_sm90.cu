@@ -6,9 +6,9 @@
 // where registers allow, beside Q·Kᵀ of the next.
 //
 // The accumulator of Q·Kᵀ starts at MAGIC, the bits of 1.5·2²³: |acc| < 2²² then makes its bits the
-// float 1.5·2²³ + acc, and no conversion is needed. P·V of a few tiles has its own accumulator,
-// because the e4m3 units round sums to fewer bits than fp32; O is fp32. Sums of P come out of the
-// same product, from a column of ones, so that they are of p as rounded.
+// float 1.5·2²³ + acc, and no conversion is needed. P·V of a tile has its own accumulator, because
+// the e4m3 units round sums to fewer bits than fp32; O = O·alpha + P·V is fp32. Sums of P come out
+// of the same product, from a column of ones, so that they are of p as rounded.
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
 #include "sparge/ptx/mbarrier.cuh"
@@ -19,8 +19,8 @@ namespace sparge {
 
 constexpr u32 MAGIC_BITS = 0x4B400000u;
 constexpr float MAGIC = 12582912.0f;
-constexpr float TOP_LOG2 = 8.807354922057604f;  // log2(448), the largest e4m3
-constexpr float NEVER = -1e30f;                 // running maximum before any key
+constexpr float P_SCALE_LOG2 = 8.807354922057604f;  // log2(448): P is stored as 448·p
+constexpr float NEVER = -1e30f;                     // running maximum before any key
 
 /// The largest of four neighbouring lanes.
 __device__ __forceinline__ float quad_max(float x) {
@@ -32,18 +32,9 @@ __device__ __forceinline__ float quad_max(float x) {
 ///
 /// DEEP: Q·Kᵀ of the next tile runs beside the softmax of this one, in a second set of score
 /// registers. With D = 128 there is no room for it.
-///
-/// LAZY: the running maximum follows only when a score passes it by HEADROOM (log2), and the
-/// products of up to GATHERED tiles are summed in `part`. Measured: 4% faster at D = 128, 7% slower
-/// at D = 64, where every tile is scaled to its own maximum.
 template <int D, class T, int STAGES> struct Consumer {
     static constexpr int N = BLOCK_KV;
     static constexpr bool DEEP = D == 64;
-    static constexpr bool LAZY = !DEEP;
-    static constexpr float HEADROOM = LAZY ? 1.f : 0.f;
-    /// P is stored as this power of two times p.
-    static constexpr float P_SCALE_LOG2 = TOP_LOG2 - HEADROOM;
-    static constexpr int GATHERED = 4;
     using Scores = u32[N];
     const Args &a;
     Smem<D, STAGES> &s;
@@ -52,7 +43,6 @@ template <int D, class T, int STAGES> struct Consumer {
     u32 p[N / 4];
     float o[D / 2], part[D / 2 + 4];
     float running[2], sum[2], alpha[2], q_scale[2];
-    int count;        // tiles whose products are in part (LAZY; else 0)
     const int group;  // 0 or 1: uniform
 
     __device__ __forceinline__ Consumer(const Args &a, Smem<D, STAGES> &s)
@@ -81,7 +71,6 @@ template <int D, class T, int STAGES> struct Consumer {
         }
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = 0.f;
-        count = 0;
     }
 
     /// Waits for the keys of the ring's tile and starts scores = MAGIC + Q·Kᵀ. Returns its flags.
@@ -118,10 +107,9 @@ template <int D, class T, int STAGES> struct Consumer {
             // Two steps in each half tile.
             const u32 at = v + (i / 2) * ((D + 8) * BLOCK_KV >> 4) + 2 * (i % 2);
             wgmma_e4m3(part, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], at,
-                       i > 0 || count > 0);
+                       i > 0);
         }
         wgmma_commit();
-        if (LAZY) count++;
     }
 
     /// Takes pairs that are masked out of the scores.
@@ -153,12 +141,12 @@ template <int D, class T, int STAGES> struct Consumer {
     }
 
     struct Exponent {
-        float c, bias;  // log2(P_SCALE·p) = raw score · c + bias
+        float c, bias;  // log2(448·p) = raw score · c + bias
     };
     __device__ __forceinline__ Exponent exponent(float c, int r) const {
         return Exponent{c, fmaf(-MAGIC, c, P_SCALE_LOG2 - running[r])};
     }
-    /// Scores of row r and half h become P_SCALE·p, as floats.
+    /// Scores of row r and half h become 448·p, as floats.
     static __device__ __forceinline__ void exponentials(Scores &scores, int r, int h, Exponent e) {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
@@ -173,49 +161,32 @@ template <int D, class T, int STAGES> struct Consumer {
         running[r] = m;
     }
 
-    /// scores = P_SCALE·p of the ring's tile. Returns whether the running maximum may have changed.
-    __device__ __forceinline__ bool softmax(Scores &scores) {
+    /// Scores of the ring's tile become 448·p.
+    __device__ __forceinline__ void softmax(Scores &scores) {
         const int slot = ring.slot();
         const float k_scale[2] = {s.k_scale[slot][0][0], s.k_scale[slot][1][0]};
         mbar_arrive_warp(shared_address(&s.k_empty[slot]));
         Exponent e[2][2];
-        float top[2][2];
-        bool over = !LAZY;
-        if constexpr (LAZY) {
 #pragma unroll
-            for (int r = 0; r < 2; r++)
+        for (int r = 0; r < 2; r++) {
+            const float c[2] = {q_scale[r] * k_scale[0], q_scale[r] * k_scale[1]};
+            raise(r, fmaxf((top_of(scores, r, 0) - MAGIC) * c[0],
+                           (top_of(scores, r, 1) - MAGIC) * c[1]));
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    e[r][h] = exponent(q_scale[r] * k_scale[h], r);
-                    top[r][h] = top_of(scores, r, h);
-                    over |= !(fmaf(top[r][h], e[r][h].c, e[r][h].bias) <= TOP_LOG2);
-                }
-            over = __any_sync(FULL, over);
-            if (over) {
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    raise(r, fmaxf((top[r][0] - MAGIC) * e[r][0].c, (top[r][1] - MAGIC) * e[r][1].c));
-#pragma unroll
-                    for (int h = 0; h < 2; h++) e[r][h] = exponent(e[r][h].c, r);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) exponentials(scores, i / 2, i % 2, e[i / 2][i % 2]);
-        } else {
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const float c[2] = {q_scale[r] * k_scale[0], q_scale[r] * k_scale[1]};
-                raise(r, fmaxf((top_of(scores, r, 0) - MAGIC) * c[0],
-                               (top_of(scores, r, 1) - MAGIC) * c[1]));
-#pragma unroll
-                for (int h = 0; h < 2; h++) exponentials(scores, r, h, exponent(c[h], r));
+            for (int h = 0; h < 2; h++) {
+                e[r][h] = exponent(c[h], r);
+                // Measured: one row after the other where the exponential unit is the limit, both
+                // rows' maxima first where latency is.
+                if (DEEP) exponentials(scores, r, h, e[r][h]);
             }
         }
+        if (!DEEP)
+#pragma unroll
+            for (int i = 0; i < 4; i++) exponentials(scores, i / 2, i % 2, e[i / 2][i % 2]);
         // The assembler would move the wait for P·V up, before the softmax that is to run beside
         // it; it does not move it over the loop in this wait.
         pin_registers(scores);
         mbar_wait(shared_address(&s.v_full[slot]), ring.parity());
-        return over;
     }
 
     /// O and its sums, worth `by` now, take in `part`.
@@ -225,17 +196,6 @@ template <int D, class T, int STAGES> struct Consumer {
         // Only the first lane of four has the sums: column D.
         sum[0] = fmaf(sum[0], by[0], part[D / 2]);
         sum[1] = fmaf(sum[1], by[1], part[D / 2 + 2]);
-        count = 0;
-    }
-
-    /// LAZY: everything summed so far is worth alpha now.
-    __device__ __forceinline__ void rescale() {
-#pragma unroll
-        for (int i = 0; i < D / 2; i++) o[i] *= alpha[i / 2 % 2];
-#pragma unroll
-        for (int i = 0; i < D / 2 + 4; i++) part[i] *= alpha[i / 2 % 2];
-        sum[0] *= alpha[0];
-        sum[1] *= alpha[1];
     }
 
     /// P in the A operand's layout: V's keys are stored in the matching order.
@@ -283,19 +243,15 @@ template <int D, class T, int STAGES> struct Consumer {
     /// The softmax of the ring's tile beside the products in flight, then P and what P·V of the
     /// tile before brings.
     __device__ __forceinline__ void finish_tile(Scores &now, bool is_first) {
-        const float before[2] = {LAZY ? 1.f : alpha[0], LAZY ? 1.f : alpha[1]};
-        const bool over = softmax(now);
+        const float before[2] = {alpha[0], alpha[1]};
+        softmax(now);
         wgmma_wait<0>();
         if (!is_first) {
             pin_registers(part);
             mbar_arrive_warp(shared_address(&s.v_empty[(ring.count - 1) % STAGES]));
-            if (!LAZY) accumulate(before);
+            accumulate(before);
         }
         pack(now);
-        if (LAZY && !is_first) {
-            if (count == GATHERED) accumulate(before);
-            if (over) rescale();
-        }
     }
 
     /// DEEP. One tile, whose scores are in `now`: starts Q·Kᵀ of the next tile into `next` and P·V
@@ -324,8 +280,7 @@ template <int D, class T, int STAGES> struct Consumer {
         wgmma_wait<0>();
         pin_registers(part);
         mbar_arrive_warp(shared_address(&s.v_empty[ring.slot()]));
-        const float by[2] = {LAZY ? 1.f : alpha[0], LAZY ? 1.f : alpha[1]};
-        accumulate(by);
+        accumulate(alpha);
         ring.next();
     }
 
