@@ -31,8 +31,7 @@ __device__ __forceinline__ float quad_max(float x) {
 /// One consumer warpgroup's state for 64 query rows: a thread holds rows `row` and `row + 8`.
 ///
 /// DEEP: Q·Kᵀ of the next tile runs beside the softmax of this one, in a second set of score
-/// registers. With D = 128 there is no room for it; there the two warpgroups take turns, so that
-/// one's products run beside the other's softmax.
+/// registers. With D = 128 there is no room for it.
 template <int D, class T, int STAGES> struct Consumer {
     static constexpr int N = BLOCK_KV;
     static constexpr bool DEEP = D == 64;
@@ -44,8 +43,10 @@ template <int D, class T, int STAGES> struct Consumer {
     u32 p[N / 4];
     float o[D / 2], part[D / 2 + 4];
     float running[2], sum[2], alpha[2], q_scale[2];
+    const int group;  // 0 or 1: uniform
 
-    __device__ __forceinline__ Consumer(const Args &a, Smem<D, STAGES> &s) : a(a), s(s) {}
+    __device__ __forceinline__ Consumer(const Args &a, Smem<D, STAGES> &s)
+        : a(a), s(s), group(__shfl_sync(FULL, threadIdx.x / 128, 0)) {}
 
     // Read again at every use: registers are scarce.
     static __device__ __forceinline__ int thread() {
@@ -72,19 +73,18 @@ template <int D, class T, int STAGES> struct Consumer {
         for (int i = 0; i < D / 2; i++) o[i] = 0.f;
     }
 
-    /// Waits for the keys of the ring's tile (and its turn) and starts scores = MAGIC + Q·Kᵀ. Returns its flags.
+    /// Waits for the keys of the ring's tile and starts scores = MAGIC + Q·Kᵀ. Returns its flags.
     __device__ __forceinline__ int issue_qk(Scores &scores) {
         const int slot = ring.slot();
         mbar_wait(shared_address(&s.k_full[slot]), ring.parity());
 #pragma unroll
         for (int i = 0; i < N; i++) scores[i] = MAGIC_BITS;
-        const u64 q = descriptor<D>(shared_address(s.q[q_ring.slot()]) + thread() / 128 * 64 * D);
-        const u64 k = descriptor<D>(shared_address(s.k[slot][0]));
-        my_turn();
+        const u32 q = descriptor(shared_address(s.q[q_ring.slot()]) + group * 64 * D);
+        const u32 k = descriptor(shared_address(s.k[slot][0]));
         pin_registers(scores);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) wgmma_s8(scores, q + 2 * i, k + 2 * i);
+        for (int i = 0; i < D / 32; i++) wgmma_s8<D>(scores, q + 2 * i, k + 2 * i);
         wgmma_commit();
         return s.tile[slot].flags;
     }
@@ -98,14 +98,14 @@ template <int D, class T, int STAGES> struct Consumer {
 
     /// Starts part = P·V, or part += P·V, for the tile in `slot`.
     __device__ __forceinline__ void issue_pv(int slot) {
-        const u64 v = descriptor<64>(shared_address(s.v[slot][0]));
+        const u32 v = descriptor(shared_address(s.v[slot][0]));
         pin_registers(p);
         pin_registers(part);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             // Two steps in each half tile.
-            const u64 at = v + (i / 2) * ((D + 8) * BLOCK_KV >> 4) + 2 * (i % 2);
+            const u32 at = v + (i / 2) * ((D + 8) * BLOCK_KV >> 4) + 2 * (i % 2);
             wgmma_e4m3(part, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], at,
                        i > 0);
         }
@@ -128,64 +128,68 @@ template <int D, class T, int STAGES> struct Consumer {
         }
     }
 
-    /// The largest scaled score of row r among this lane's.
-    __device__ __forceinline__ float row_top(const Scores &scores, int r, const float (&c)[2]) {
-        float m[2];
+    /// The largest raw score of row r in half h among this lane's. Scores are positive floats or
+    /// −∞, which as integers order alike.
+    static __device__ __forceinline__ float top_of(const Scores &scores, int r, int h) {
+        auto at = [&](int i) {
+            return static_cast<i32>(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]);
+        };
+        i32 x = max(max(at(0), at(1)), at(2));
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            m[h] = as_float(scores[32 * h + 2 * r]);
-#pragma unroll
-            for (int i = 1; i < 16; i++)
-                m[h] = fmaxf(m[h], as_float(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]));
-        }
-        return fmaxf((m[0] - MAGIC) * c[0], (m[1] - MAGIC) * c[1]);
+        for (int i = 3; i < 15; i += 2) x = max(max(x, at(i)), at(i + 1));
+        return as_float(max(x, at(15)));
     }
 
-    /// scores = 448·exp2(scaled scores − new maximum) of row r, as floats; alpha is what the sums
-    /// so far are worth beside them.
-    __device__ __forceinline__ void exponentials(Scores &scores, int r, const float (&c)[2],
-                                                 float top) {
-        const float m = fmaxf(top, running[r]);
+    struct Exponent {
+        float c, bias;  // log2(448·p) = raw score · c + bias
+    };
+    __device__ __forceinline__ Exponent exponent(float c, int r) const {
+        return Exponent{c, fmaf(-MAGIC, c, P_SCALE_LOG2 - running[r])};
+    }
+    /// Scores of row r and half h become 448·p, as floats.
+    static __device__ __forceinline__ void exponentials(Scores &scores, int r, int h, Exponent e) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            u32 &x = scores[32 * h + i / 2 * 4 + 2 * r + i % 2];
+            x = as_bits(ex2(fmaf(as_float(x), e.c, e.bias)));
+        }
+    }
+    /// The running maximum takes in `top`, a lane's; alpha is what earlier sums are worth beside it.
+    __device__ __forceinline__ void raise(int r, float top) {
+        const float m = fmaxf(quad_max(top), running[r]);
         alpha[r] = ex2(running[r] - m);
         running[r] = m;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const float bias = fmaf(-MAGIC, c[h], P_SCALE_LOG2 - m);
-#pragma unroll
-            for (int i = 0; i < 16; i++) {
-                const int at = 32 * h + i / 2 * 4 + 2 * r + i % 2;
-                scores[at] = as_bits(ex2(fmaf(as_float(scores[at]), c[h], bias)));
-            }
-        }
     }
 
+    /// Scores of the ring's tile become 448·p.
     __device__ __forceinline__ void softmax(Scores &scores) {
         const int slot = ring.slot();
         const float k_scale[2] = {s.k_scale[slot][0][0], s.k_scale[slot][1][0]};
-        mbar_arrive(shared_address(&s.k_empty[slot]));
-        float c[2][2], top[2];
-        // Measured: one row after the other where the exponential unit is the limit, both rows'
-        // maxima first where latency is.
+        mbar_arrive_warp(shared_address(&s.k_empty[slot]));
+        Exponent e[2][2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            c[r][0] = q_scale[r] * k_scale[0];
-            c[r][1] = q_scale[r] * k_scale[1];
-            top[r] = row_top(scores, r, c[r]);
-            if (DEEP) exponentials(scores, r, c[r], quad_max(top[r]));
+            const float c[2] = {q_scale[r] * k_scale[0], q_scale[r] * k_scale[1]};
+            raise(r, fmaxf((top_of(scores, r, 0) - MAGIC) * c[0],
+                           (top_of(scores, r, 1) - MAGIC) * c[1]));
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                e[r][h] = exponent(c[h], r);
+                // Measured: one row after the other where the exponential unit is the limit, both
+                // rows' maxima first where latency is.
+                if (DEEP) exponentials(scores, r, h, e[r][h]);
+            }
         }
-        if (!DEEP) {
-            top[0] = quad_max(top[0]);
-            top[1] = quad_max(top[1]);
-            exponentials(scores, 0, c[0], top[0]);
-            exponentials(scores, 1, c[1], top[1]);
-        }
+        if (!DEEP)
+#pragma unroll
+            for (int i = 0; i < 4; i++) exponentials(scores, i / 2, i % 2, e[i / 2][i % 2]);
         // The assembler would move the wait for P·V up, before the softmax that is to run beside
         // it; it does not move it over the loop in this wait.
         pin_registers(scores);
         mbar_wait(shared_address(&s.v_full[slot]), ring.parity());
     }
 
-    /// Adds P·V of a tile, computed beside sums that are worth `by` now.
+    /// O and its sums, worth `by` now, take in `part`.
     __device__ __forceinline__ void accumulate(const float (&by)[2]) {
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = fmaf(o[i], by[i / 2 % 2], part[i]);
@@ -244,21 +248,14 @@ template <int D, class T, int STAGES> struct Consumer {
         wgmma_wait<0>();
         if (!is_first) {
             pin_registers(part);
-            mbar_arrive(shared_address(&s.v_empty[(ring.count - 1) % STAGES]));
+            mbar_arrive_warp(shared_address(&s.v_empty[(ring.count - 1) % STAGES]));
             accumulate(before);
         }
         pack(now);
     }
 
-    __device__ __forceinline__ void my_turn() {
-        if (!DEEP) named_sync<CONSUMERS>(1 + thread() / 128);
-    }
-    __device__ __forceinline__ void your_turn() {
-        if (!DEEP) named_arrive<CONSUMERS>(2 - thread() / 128);
-    }
-
-    /// DEEP. One tile, whose scores are in `now`: starts Q·Kᵀ of the next tile into `next` and P·V of the
-    /// tile before. Returns the next tile's flags.
+    /// DEEP. One tile, whose scores are in `now`: starts Q·Kᵀ of the next tile into `next` and P·V
+    /// of the tile before. Returns the next tile's flags.
     __device__ __forceinline__ int step(Scores &now, Scores &next, bool is_first) {
         ring.next();
         const int flags = issue_qk(next);
@@ -282,7 +279,7 @@ template <int D, class T, int STAGES> struct Consumer {
         issue_pv(ring.slot());
         wgmma_wait<0>();
         pin_registers(part);
-        mbar_arrive(shared_address(&s.v_empty[ring.slot()]));
+        mbar_arrive_warp(shared_address(&s.v_empty[ring.slot()]));
         accumulate(alpha);
         ring.next();
     }
@@ -305,7 +302,6 @@ template <int D, class T, int STAGES> struct Consumer {
                 ring.next();
                 flags = issue_qk(even);
                 issue_pv((ring.count - 1) % STAGES);
-                your_turn();
                 wgmma_wait<1>();
                 take_scores(even, flags);
                 finish_tile(even, false);
@@ -315,7 +311,6 @@ template <int D, class T, int STAGES> struct Consumer {
     }
 
     __device__ __forceinline__ void run() {
-        if (thread() / 128 == 1) your_turn();
         while (true) {
             mbar_wait(shared_address(&s.k_full[ring.slot()]), ring.parity());
             int index = s.tile[ring.slot()].item;
@@ -324,11 +319,10 @@ template <int D, class T, int STAGES> struct Consumer {
             mbar_wait(shared_address(&s.q_full[q_ring.slot()]), q_ring.parity());
             Scores scores;
             const int flags = issue_qk(scores);
-            your_turn();
             wgmma_wait<0>();
             take_scores(scores, flags);
             tiles(scores, flags);
-            mbar_arrive(shared_address(&s.q_empty[q_ring.slot()]));
+            mbar_arrive_warp(shared_address(&s.q_empty[q_ring.slot()]));
             q_ring.next();
             asm volatile("" : "+r"(index));  // not to keep what `begin` made of it
             finish(Item(a, index));
@@ -346,12 +340,12 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
         for (int i = 0; i < STAGES; i++) {
             mbar_init(shared_address(&s.k_full[i]), 1);
             mbar_init(shared_address(&s.v_full[i]), 1);
-            mbar_init(shared_address(&s.k_empty[i]), CONSUMERS);
-            mbar_init(shared_address(&s.v_empty[i]), CONSUMERS);
+            mbar_init(shared_address(&s.k_empty[i]), CONSUMERS / 32);
+            mbar_init(shared_address(&s.v_empty[i]), CONSUMERS / 32);
         }
         for (int i = 0; i < Q_STAGES; i++) {
             mbar_init(shared_address(&s.q_full[i]), 1);
-            mbar_init(shared_address(&s.q_empty[i]), CONSUMERS);
+            mbar_init(shared_address(&s.q_empty[i]), CONSUMERS / 32);
         }
         mbar_init_fence();
     }

@@ -32,6 +32,13 @@ __device__ __forceinline__ u32 e4m3x4(float a, float b, float c, float d) {
     return e4m3x2(a, b) | e4m3x2(c, d) << 16;
 }
 
+/// Two e4m3 values as f16, exactly.
+__device__ __forceinline__ u32 f16x2_of_e4m3x2(u32 x) {
+    u32 y;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(static_cast<u16>(x)));
+    return y;
+}
+
 template <class T> struct Half2;
 template <> struct Half2<Bf16> {
     static __device__ __forceinline__ u32 pack(float lo, float hi) {

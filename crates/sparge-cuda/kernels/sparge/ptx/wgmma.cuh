@@ -4,13 +4,13 @@
 
 namespace sparge {
 
-/// Matrix descriptor of a K-major 8-bit operand with rows of ROW bytes (64 or 128), swizzled.
-template <int ROW>
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    const u64 swizzle = ROW == 128 ? 1 : 2;
-    return swizzle << 62 | static_cast<u64>(ROW * 8 >> 4) << 32 | 1ull << 16 |
-           (address & 0x3ffff) >> 4;
+/// The low word of the matrix descriptor of a K-major 8-bit operand; the high word depends on the
+/// row width alone.
+__device__ __forceinline__ u32 descriptor(u32 address) {
+    return 1u << 16 | (address & 0x3ffff) >> 4;
 }
+/// The high word, for swizzled rows of ROW bytes (64 or 128).
+template <int ROW> constexpr u32 DESCRIPTOR_HIGH = (ROW == 128 ? 1u : 2u) << 30 | ROW * 8 >> 4;
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -28,14 +28,16 @@ template <int N> __device__ __forceinline__ void pin_registers(float (&x)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-/// acc += a·bᵀ: 64 x 128 x 32, int8, both operands in shared memory.
-__device__ __forceinline__ void wgmma_s8(u32 (&acc)[64], u64 a, u64 b) {
+/// acc += a·bᵀ: 64 x 128 x 32, int8, both operands in shared memory with rows of ROW bytes.
+template <int ROW>
+__device__ __forceinline__ void wgmma_s8(u32 (&acc)[64], u32 a, u32 b) {
     asm volatile(
+        "{.reg .b64 a, b; mov.b64 a, {%64, %66}; mov.b64 b, {%65, %66};"
         "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, "
         "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "
         "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
         "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, "
-        "%57, %58, %59, %60, %61, %62, %63}, %64, %65, 1;"
+        "%57, %58, %59, %60, %61, %62, %63}, a, b, 1;}"
         : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3]), "+r"(acc[4]), "+r"(acc[5]), "+r"(acc[6]), "+r"(acc[7]),
           "+r"(acc[8]), "+r"(acc[9]), "+r"(acc[10]), "+r"(acc[11]), "+r"(acc[12]), "+r"(acc[13]), "+r"(acc[14]), "+r"(acc[15]),
           "+r"(acc[16]), "+r"(acc[17]), "+r"(acc[18]), "+r"(acc[19]), "+r"(acc[20]), "+r"(acc[21]), "+r"(acc[22]), "+r"(acc[23]),
@@ -44,37 +46,37 @@ __device__ __forceinline__ void wgmma_s8(u32 (&acc)[64], u64 a, u64 b) {
           "+r"(acc[40]), "+r"(acc[41]), "+r"(acc[42]), "+r"(acc[43]), "+r"(acc[44]), "+r"(acc[45]), "+r"(acc[46]), "+r"(acc[47]),
           "+r"(acc[48]), "+r"(acc[49]), "+r"(acc[50]), "+r"(acc[51]), "+r"(acc[52]), "+r"(acc[53]), "+r"(acc[54]), "+r"(acc[55]),
           "+r"(acc[56]), "+r"(acc[57]), "+r"(acc[58]), "+r"(acc[59]), "+r"(acc[60]), "+r"(acc[61]), "+r"(acc[62]), "+r"(acc[63])
-        : "l"(a), "l"(b));
+        : "r"(a), "r"(b), "n"(DESCRIPTOR_HIGH<ROW>));
 }
 
 /// acc = (add ? acc : 0) + a·bᵀ: 64 x 72 x 32, e4m3, a in registers.
-__device__ __forceinline__ void wgmma_e4m3(float (&acc)[36], u32 a0, u32 a1, u32 a2, u32 a3, u64 b,
+__device__ __forceinline__ void wgmma_e4m3(float (&acc)[36], u32 a0, u32 a1, u32 a2, u32 a3, u32 b,
                                            int add) {
     asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %41, 0;"
+        "{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %41, 0; mov.b64 b, {%40, %42};"
         "wgmma.mma_async.sync.aligned.m64n72k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, "
         "%7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
         "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35}, {%36, %37, %38, %39}, "
-        "%40, p, 1, 1;}"
+        "b, p, 1, 1;}"
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]), "+f"(acc[6]), "+f"(acc[7]),
           "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]), "+f"(acc[12]), "+f"(acc[13]), "+f"(acc[14]), "+f"(acc[15]),
           "+f"(acc[16]), "+f"(acc[17]), "+f"(acc[18]), "+f"(acc[19]), "+f"(acc[20]), "+f"(acc[21]), "+f"(acc[22]), "+f"(acc[23]),
           "+f"(acc[24]), "+f"(acc[25]), "+f"(acc[26]), "+f"(acc[27]), "+f"(acc[28]), "+f"(acc[29]), "+f"(acc[30]), "+f"(acc[31]),
           "+f"(acc[32]), "+f"(acc[33]), "+f"(acc[34]), "+f"(acc[35])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b), "r"(add), "n"(DESCRIPTOR_HIGH<BLOCK_KV>));
 }
 
 /// acc = (add ? acc : 0) + a·bᵀ: 64 x 136 x 32, e4m3, a in registers.
-__device__ __forceinline__ void wgmma_e4m3(float (&acc)[68], u32 a0, u32 a1, u32 a2, u32 a3, u64 b,
+__device__ __forceinline__ void wgmma_e4m3(float (&acc)[68], u32 a0, u32 a1, u32 a2, u32 a3, u32 b,
                                            int add) {
     asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %73, 0;"
+        "{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %73, 0; mov.b64 b, {%72, %74};"
         "wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, "
         "%7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
         "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
         "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
         "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67}, {%68, %69, %70, %71}, "
-        "%72, p, 1, 1;}"
+        "b, p, 1, 1;}"
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]), "+f"(acc[6]), "+f"(acc[7]),
           "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]), "+f"(acc[12]), "+f"(acc[13]), "+f"(acc[14]), "+f"(acc[15]),
           "+f"(acc[16]), "+f"(acc[17]), "+f"(acc[18]), "+f"(acc[19]), "+f"(acc[20]), "+f"(acc[21]), "+f"(acc[22]), "+f"(acc[23]),
@@ -84,7 +86,7 @@ __device__ __forceinline__ void wgmma_e4m3(float (&acc)[68], u32 a0, u32 a1, u32
           "+f"(acc[48]), "+f"(acc[49]), "+f"(acc[50]), "+f"(acc[51]), "+f"(acc[52]), "+f"(acc[53]), "+f"(acc[54]), "+f"(acc[55]),
           "+f"(acc[56]), "+f"(acc[57]), "+f"(acc[58]), "+f"(acc[59]), "+f"(acc[60]), "+f"(acc[61]), "+f"(acc[62]), "+f"(acc[63]),
           "+f"(acc[64]), "+f"(acc[65]), "+f"(acc[66]), "+f"(acc[67])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b), "r"(add), "n"(DESCRIPTOR_HIGH<BLOCK_KV>));
 }
 
 }  // namespace sparge
