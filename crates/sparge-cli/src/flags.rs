@@ -128,6 +128,10 @@ pub(crate) struct SelectionArgs {
     /// Keep blocks until their predicted mass reaches this share (the paper's τ)
     #[arg(long, value_name = "T", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) cdf: Vec<f64>,
+    /// Aim at this relative L1 error: keep blocks until the attention that a row is estimated to lose
+    /// is this small
+    #[arg(long, value_name = "E", allow_negative_numbers = true, conflicts_with_all = ["topk", "cdf"])]
+    pub(crate) target_l1: Option<f64>,
     /// Keep blocks whose mean cosine is not above this (the paper's θ); 0 turns the judge off
     #[arg(long, value_name = "COS", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) theta: Vec<f64>,
@@ -136,7 +140,7 @@ pub(crate) struct SelectionArgs {
     #[arg(long, value_name = "GAP", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) lambda: Vec<f64>,
     /// What the prediction looks at: block (the paper's) or QxK, rows of q and of k per mean; +var
-    /// adds the second-order term, +Nrows that many single queries [default: 16x16+var+2rows]
+    /// adds the second-order term, +Nrows that many single queries [default: 16x64+var+2rows]
     #[arg(long, value_name = "POOLING", value_parser = pooling)]
     pub(crate) pooling: Option<Pooling>,
     /// Blocks of 64 keys at the start that are always kept [default: 1]
@@ -150,8 +154,9 @@ pub(crate) struct SelectionArgs {
 impl SelectionArgs {
     /// Whether no flag was given.
     pub(crate) fn is_empty(&self) -> bool {
-        let Self { topk, cdf, theta, lambda, pooling, keep_first, qk } = self;
+        let Self { topk, cdf, target_l1, theta, lambda, pooling, keep_first, qk } = self;
         [topk, cdf, theta, lambda].into_iter().all(Vec::is_empty)
+            && target_l1.is_none()
             && pooling.is_none()
             && keep_first.is_none()
             && qk.is_none()
@@ -185,6 +190,14 @@ impl SelectionArgs {
 
     fn selection(&self) -> Result<Option<PerHead<Selection>>> {
         let (cdf, topk) = (&self.cdf, &self.topk);
+        if let Some(error) = self.target_l1 {
+            if !(error > 0.0 && error < 1.0) {
+                return Err(Error::input(format!(
+                    "--target-l1 is {error}, expected a relative error above 0 and below 1"
+                )));
+            }
+            return Ok(Some(Selection::target_l1(error).into()));
+        }
         let each = |f: fn(f64) -> Selection, xs: &[f64]| {
             let xs: Vec<f64> = xs.to_vec();
             per_head(&xs.into_iter().map(f).collect::<Vec<_>>())
@@ -257,7 +270,7 @@ mod tests {
         assert_eq!(pooling("16x16"), Ok(Pooling::SUB_BLOCK));
         assert_eq!(pooling("16x16-2nd"), Ok(Pooling::SECOND_ORDER));
         assert_eq!(pooling("16x16+var"), Ok(Pooling::SECOND_ORDER));
-        assert_eq!(pooling("16x16+var+2rows"), Ok(Pooling::MIXED));
+        assert_eq!(pooling("16x64+var+2rows"), Ok(Pooling::MIXED));
         assert_eq!(pooling("block+4rows"), Ok(Pooling { sampled_rows: 4, ..Pooling::BLOCK }));
         for p in [Pooling::BLOCK, Pooling::SUB_BLOCK, Pooling::SECOND_ORDER, Pooling::MIXED] {
             assert_eq!(pooling(&pooling_name(p)), Ok(p));

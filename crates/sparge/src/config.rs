@@ -73,6 +73,23 @@ pub enum Selection {
 }
 
 impl Selection {
+    /// Aims at a relative L1 error Σ|O − O′|/Σ|O| of `error` (0 to 1) without calibration: each row
+    /// keeps blocks until the attention it is estimated to lose is `error`.
+    ///
+    /// Skipped attention of share m moves an output by about m times its own size, since what is
+    /// skipped and what is kept are of the same size and unlike each other. On SmolLM2 the error of a
+    /// query block is 0.9 to 1.1 times the estimated loss in the median, by layer 0.5 to 1.5 times
+    /// (`docs/results/predictor.md`): a target, not a bound. Calibrate where a bound must hold.
+    ///
+    /// ```
+    /// use sparge::Selection;
+    /// assert_eq!(Selection::target_l1(0.25), Selection::TopCdf(0.75));
+    /// ```
+    #[must_use]
+    pub fn target_l1(error: f64) -> Self {
+        Self::TopCdf(1.0 - error)
+    }
+
     /// τ of [`Selection::Auto`].
     pub const AUTO_CDF: f64 = 0.99;
     /// Keys that the rows of a sequence must reach (a window narrows it) for [`Selection::Auto`] to
@@ -85,8 +102,7 @@ impl Selection {
 /// How queries and keys are pooled before their scores are computed.
 ///
 /// The paper pools a whole block into one mean ([`Pooling::BLOCK`]). Finer pooling scores
-/// sub-blocks and adds up their masses: 16×16 costs about 1% of dense attention and is much nearer
-/// to the true block masses.
+/// sub-blocks and adds up their masses; single queries against all keys correct its bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Pooling {
     /// Query rows per mean: a divisor of 128.
@@ -112,8 +128,9 @@ impl Pooling {
     /// 16×16 sub-blocks with the second-order term.
     pub const SECOND_ORDER: Self =
         Self { q_rows: 16, kv_rows: 16, second_order: true, sampled_rows: 0 };
-    /// 16×16 sub-blocks with the second-order term, and two sampled queries.
-    pub const MIXED: Self = Self { q_rows: 16, kv_rows: 16, second_order: true, sampled_rows: 2 };
+    /// Means of 16 queries and of whole key blocks with the second-order term, and two sampled
+    /// queries.
+    pub const MIXED: Self = Self { q_rows: 16, kv_rows: 64, second_order: true, sampled_rows: 2 };
 }
 
 impl Default for Pooling {

@@ -16,9 +16,6 @@ pub(super) enum Estimator {
     /// Means of `q_rows` queries and `kv_rows` keys, and the second order of ln E exp(scale·q·k)
     /// over both: ½·scale²·Σ mean(q²)·var(k), with `both` also ½·scale²·Σ var(q)·k̄² (keys centred).
     Moments { q_rows: usize, kv_rows: usize, both: bool },
-    /// The mean of the masses of `rows` sampled rows and of means of 16 queries and `kv_rows` keys
-    /// with the operator's second-order term.
-    Mixed { rows: usize, kv_rows: usize },
     /// Sums along the antidiagonals of `stride` × `stride` tiles (XAttention's score).
     Antidiagonal { stride: usize },
 }
@@ -30,7 +27,6 @@ impl fmt::Display for Estimator {
             Self::Sampled { rows, kv_rows } => write!(f, "{rows} sampled rows, {kv_rows} keys+var"),
             Self::Moments { q_rows, kv_rows, both: false } => write!(f, "{q_rows}x{kv_rows}+q²var"),
             Self::Moments { q_rows, kv_rows, .. } => write!(f, "{q_rows}x{kv_rows}+q²var+qvar"),
-            Self::Mixed { rows, kv_rows } => write!(f, "16x{kv_rows}+var & {rows} rows"),
             Self::Antidiagonal { stride } => write!(f, "antidiagonals, stride {stride}"),
         }
     }
@@ -94,22 +90,6 @@ pub(super) fn masses(estimator: Estimator, q: Rows<'_>, k: Rows<'_>, scale: f32)
                 Representative { tokens: r, features }
             };
             (parts(len, q_rows).map(query).collect(), parts(len, kv_rows).map(key).collect())
-        }
-        Estimator::Mixed { rows, kv_rows } => {
-            let mut all = masses(Estimator::Sampled { rows, kv_rows: 1 }, q, k, scale);
-            let query = |r: Range<usize>| {
-                let (mean, _) = moments(&scaled(q.range(&r), scale), q.dim);
-                Representative { tokens: r, features: with_squares(&mean, true) }
-            };
-            let key = |r: Range<usize>| {
-                let (mean, variance) = moments(k.range(&r), k.dim);
-                Representative { tokens: r, features: [mean, variance].concat() }
-            };
-            let queries: Vec<_> = parts(len, 16).map(query).collect();
-            let keys: Vec<_> = parts(len, kv_rows).map(key).collect();
-            let pooled = sums(len, &queries, &keys);
-            all.values.iter_mut().zip(&pooled.values).for_each(|(a, b)| *a = 0.5 * (*a + b));
-            return all;
         }
         Estimator::Antidiagonal { stride } => {
             // Row stride − 1 − i of the queries meets row i of the keys.
@@ -243,7 +223,6 @@ mod tests {
         for estimator in [
             Estimator::Sampled { rows: 8, kv_rows: 16 },
             Estimator::Moments { q_rows: 16, kv_rows: 16, both: true },
-            Estimator::Mixed { rows: 2, kv_rows: 8 },
             Estimator::Antidiagonal { stride: 4 },
         ] {
             let got = masses(estimator, Rows { data: &q, dim }, Rows { data: &k, dim }, 0.3);

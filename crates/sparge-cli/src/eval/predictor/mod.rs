@@ -43,10 +43,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "POOLING", value_delimiter = ',', value_parser = flags::pooling,
           default_values = ["block", "128x64+var", "64x64+var", "32x32+var", "16x64+var", "64x16+var",
                             "16x16", "16x16+var", "8x16+var", "16x8+var", "8x8+var", "16x4+var", "64x8+var",
-                            "16x1", "block+2rows", "16x64+var+2rows", "16x32+var+2rows", "16x16+2rows",
-                            "16x16+var+1rows", "16x16+var+2rows", "16x16+var+4rows", "16x8+var+2rows"])]
+                            "16x1", "128x64+2rows", "128x64+var+2rows", "64x64+var+2rows", "16x64+var+1rows",
+                            "16x64+var+2rows", "16x64+var+4rows", "16x16+2rows", "16x16+var+2rows",
+                            "16x8+var+2rows"])]
     pooling: Vec<Pooling>,
-    /// Values of the judge's θ to try with block and 16x16+var
+    /// Values of the judge's θ to try with block and with the default
     #[arg(long, value_name = "COS", value_delimiter = ',', default_values_t = [0.3, 0.6])]
     theta: Vec<f64>,
     /// Time every prediction this often and take the median; 0 does not time
@@ -194,7 +195,7 @@ impl Study {
         };
         let mut predictors: Vec<_> = args.pooling.iter().map(|&p| ours(p, 0.0)).collect();
         for &theta in &args.theta {
-            predictors.extend([Pooling::BLOCK, Pooling::SECOND_ORDER].map(|p| ours(p, theta)));
+            predictors.extend([Pooling::BLOCK, Pooling::default()].map(|p| ours(p, theta)));
         }
         let plain = [
             Estimator::Sampled { rows: 4, kv_rows: 1 },
@@ -205,13 +206,6 @@ impl Study {
             Estimator::Moments { q_rows: 16, kv_rows: 16, both: true },
             Estimator::Moments { q_rows: 16, kv_rows: 8, both: false },
             Estimator::Moments { q_rows: 16, kv_rows: 8, both: true },
-            Estimator::Moments { q_rows: 16, kv_rows: 4, both: false },
-            Estimator::Moments { q_rows: 16, kv_rows: 4, both: true },
-            Estimator::Moments { q_rows: 128, kv_rows: 8, both: false },
-            Estimator::Moments { q_rows: 128, kv_rows: 8, both: true },
-            Estimator::Mixed { rows: 2, kv_rows: 16 },
-            Estimator::Mixed { rows: 4, kv_rows: 16 },
-            Estimator::Mixed { rows: 4, kv_rows: 8 },
             Estimator::Antidiagonal { stride: 8 },
             Estimator::Antidiagonal { stride: 16 },
         ];

@@ -9,7 +9,7 @@ use sparge::{AttentionShape, BLOCK_Q, Isa, Plan, Selection, SpargeConfig, block_
 /// Values of τ whose skipped blocks are looked at.
 const CDF: [f64; 4] = [0.9, 0.95, 0.98, 0.99];
 /// Points that the report holds, so that its file stays small.
-const SHOWN: usize = 3000;
+const SHOWN: usize = 1000;
 
 /// One query block of one head under one τ.
 #[derive(Debug, Clone, Copy, PartialEq)]
