@@ -1,9 +1,9 @@
 //! One kind of call, validated once; its verbs choose between the fast path and the general one.
 #![expect(unsafe_code, reason = "device addresses come from the caller")]
 
+use crate::context::Restore;
 use crate::device::{Device, Stream};
 use crate::dtype::DType;
-use crate::context::Restore;
 use crate::error::{Error, Result};
 use crate::general::{Duties, General};
 use crate::hopper::{self, Hopper};
@@ -76,6 +76,7 @@ impl Attention {
             );
         }
         let plan = Plan::new(shape, options, config)?;
+        let mask_shape = plan.mask_shape();
         if [shape.head_dim, shape.head_dim_v].iter().any(|dim| dim % 8 != 0) {
             return unsupported(
                 "a head_dim that is not a multiple of 8",
@@ -87,16 +88,14 @@ impl Attention {
             && cuda.element_mask.is_none()
             && device.arch() == Arch::Sm90a
             && hopper::takes(&shape, dtype, options);
-        let general = General::new(&plan, shape, dtype, options, config, cuda)?;
+        let general = General::new(&plan, dtype, options, config, cuda)?;
         // The fast path attends under one mask: the caller's, too, goes through the selection.
         let predicts = general.selects() || (is_fast && cuda.block_mask);
         let judges = config.theta.values().iter().any(|&theta| theta > 0.0);
         let hopper = if is_fast {
             let own = hopper::pool_of(config.pooling).filter(|_| !judges && !cuda.block_mask);
             let pool = if predicts { own.unwrap_or(Pool::None) } else { Pool::None };
-            // Its batch entries are all alike.
-            let auto_is_dense = plan.auto_is_dense(0);
-            Some(Hopper::new(device, shape, dtype, options, config, auto_is_dense, pool)?)
+            Some(Hopper::new(device, shape, dtype, options, config, pool, plan.is_short(0))?)
         } else {
             None
         };
@@ -118,7 +117,7 @@ impl Attention {
             hopper,
             general,
             general_at,
-            mask_shape: plan.mask_shape(),
+            mask_shape,
             predicts,
         })
     }
@@ -373,8 +372,7 @@ impl Attention {
 
     fn check_output(&self, output: &Output) -> Result<()> {
         let s = &self.shape;
-        let dims =
-            Dims { batch: s.batch, heads: s.num_qo_heads, len: s.qo_len, dim: s.head_dim_v };
+        let dims = Dims { batch: s.batch, heads: s.num_qo_heads, len: s.qo_len, dim: s.head_dim_v };
         check("o", &output.o, dims, self.dtype)?;
         for (name, address, bytes) in [("lse", output.lse, 4), ("stats", output.stats, 8)] {
             if let Some(address) = address {
@@ -431,8 +429,9 @@ fn check(name: &'static str, tensor: &Tensor, dims: Dims, dtype: DType) -> Resul
 
 fn check_aligned(tensor: &'static str, address: u64, bytes: u64) -> Result<()> {
     if address == 0 || !address.is_multiple_of(bytes) {
-        let problem =
-            format!("its address is {address:#x}, expected one that is a multiple of {bytes} and not 0");
+        let problem = format!(
+            "its address is {address:#x}, expected one that is a multiple of {bytes} and not 0"
+        );
         return Err(Error::Tensor { tensor, problem });
     }
     Ok(())
