@@ -74,7 +74,8 @@ impl Attention {
                 "set CudaOptions::element_mask and pass it in device memory",
             );
         }
-        let mask_shape = Plan::new(shape, options, config)?.mask_shape();
+        let plan = Plan::new(shape, options, config)?;
+        let mask_shape = plan.mask_shape();
         if [shape.head_dim, shape.head_dim_v].iter().any(|dim| dim % 8 != 0) {
             return unsupported(
                 "a head_dim that is not a multiple of 8",
@@ -86,14 +87,14 @@ impl Attention {
             && cuda.element_mask.is_none()
             && device.arch() == Arch::Sm90a
             && hopper::takes(&shape, dtype, options);
-        let general = General::new(shape, dtype, options, config, cuda)?;
+        let general = General::new(&plan, dtype, options, config, cuda)?;
         // The fast path attends under one mask: the caller's, too, goes through the selection.
         let predicts = general.selects() || (is_fast && cuda.block_mask);
         let judges = config.theta.values().iter().any(|&theta| theta > 0.0);
         let hopper = if is_fast {
             let own = hopper::pool_of(config.pooling).filter(|_| !judges && !cuda.block_mask);
             let pool = if predicts { own.unwrap_or(Pool::None) } else { Pool::None };
-            Some(Hopper::new(device, shape, dtype, options, config, pool)?)
+            Some(Hopper::new(device, shape, dtype, options, config, pool, plan.is_short(0))?)
         } else {
             None
         };

@@ -4,14 +4,13 @@
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::hopper::is_short;
 use crate::jit::Kernel;
 use crate::launch::Call;
 use crate::options::{CudaOptions, Precision};
 use crate::spec::{Arch, KernelSpec, Mma};
 use crate::tables::{Head, Tables};
 use crate::tensors::MaskKind;
-use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Pooling, SpargeConfig};
+use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Plan, Pooling, SpargeConfig};
 use std::sync::Arc;
 
 /// A kind of call on the general path.
@@ -116,13 +115,19 @@ pub(crate) struct Layout {
 impl General {
     /// Sizes and tables; no kernels and no workspace yet.
     pub(crate) fn new(
-        shape: AttentionShape,
+        plan: &Plan<'_>,
         dtype: DType,
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
         cuda: &CudaOptions,
     ) -> Result<Self> {
-        let tables = Tables::new(&shape, options, config);
+        let shape = *plan.shape();
+        // Tokens and heads are counted in 32 bits.
+        let most = [shape.batch, shape.num_qo_heads, shape.qo_len, shape.kv_len];
+        if most.into_iter().any(|size| size > 1 << 29) || shape.num_kv_heads > 65535 {
+            return Err(too_large(&shape));
+        }
+        let tables = Tables::new(plan, options, config);
         let scale = options.softmax_scale.unwrap_or(1.0 / (shape.head_dim as f64).sqrt());
         let window = options.window.unwrap_or_default();
         // Longer than any sequence is as good as without end.
@@ -186,7 +191,7 @@ impl General {
         Ok(general)
     }
 
-    /// Kernels count tokens, blocks and pooled rows in 32 bits; grids have limits.
+    /// Kernels count blocks and rows in 32 bits; grids have limits.
     fn check_sizes(&self) -> Result<()> {
         let (t, s) = (&self.tables, &self.shape);
         let heads = s.num_qo_heads as u128;
@@ -195,16 +200,12 @@ impl General {
             sequences * heads * t.longest[0] as u128 * 2,
             heads * t.all[0] as u128 + s.num_kv_heads as u128 * t.all[1] as u128,
             s.batch as u128 * heads * s.qo_len.max(s.kv_len) as u128,
-            2 * (s.qo_len.max(s.kv_len) as u128),
         ];
-        if counts.iter().any(|&count| count > i32::MAX as u128 / 2) || sequences * heads > 65535 {
-            return Err(Error::Unsupported {
-                what: format!(
-                    "a call of {sequences} sequences × {heads} heads × {} rows",
-                    s.qo_len
-                ),
-                remedy: "call on fewer heads or sequences at a time",
-            });
+        let masks = sequences * self.call.element_heads as u128;
+        if counts.iter().any(|&count| count > i32::MAX as u128 / 2)
+            || (self.call.element_kind != 0 && masks > 65535)
+        {
+            return Err(too_large(s));
         }
         Ok(())
     }
@@ -212,10 +213,10 @@ impl General {
     /// Whether any head of any sequence selects blocks.
     pub(crate) fn selects(&self) -> bool {
         self.tables.sequences.iter().any(|s| {
-            self.tables.heads.iter().any(|h: &Head| {
-                h.keeps_all == 0
-                    && !(h.is_auto != 0 && is_short(s.q_len as usize, s.kv_len as usize))
-            })
+            self.tables
+                .heads
+                .iter()
+                .any(|h: &Head| h.keeps_all == 0 && (h.is_auto == 0 || s.is_short == 0))
         })
     }
 
@@ -309,6 +310,16 @@ impl General {
     }
 }
 
+fn too_large(s: &AttentionShape) -> Error {
+    Error::Unsupported {
+        what: format!(
+            "a call of {} × {} heads × {} queries and {} keys",
+            s.batch, s.num_qo_heads, s.qo_len, s.kv_len
+        ),
+        remedy: "call on fewer heads, sequences or tokens at a time",
+    }
+}
+
 impl Layout {
     fn new(g: &General, selects: bool) -> Result<Self> {
         let (call, t, s) = (&g.call, &g.tables, &g.shape);
@@ -375,5 +386,38 @@ impl Layout {
         }
         layout.bytes = at;
         Ok(layout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn general(shape: AttentionShape) -> Result<General> {
+        let (options, config) = (AttentionOptions::default(), SpargeConfig::default());
+        let plan = Plan::new(shape, &options, &config)?;
+        General::new(&plan, DType::F16, &options, &config, &CudaOptions::default())
+    }
+
+    #[test]
+    fn sizes_beyond_32_bits_are_refused() {
+        let shape = AttentionShape {
+            batch: 1,
+            num_qo_heads: 8,
+            num_kv_heads: 8,
+            qo_len: 4096,
+            kv_len: 4096,
+            head_dim: 64,
+            head_dim_v: 64,
+        };
+        assert!(general(shape).is_ok_and(|g| g.selects()));
+        for shape in [
+            AttentionShape { kv_len: 1 << 31, ..shape },
+            AttentionShape { qo_len: (1 << 31) + 7, kv_len: 100, ..shape },
+            AttentionShape { batch: 1 << 20, ..shape },
+        ] {
+            let refused = general(shape);
+            assert!(matches!(refused, Err(Error::Unsupported { .. })), "{shape:?}");
+        }
     }
 }

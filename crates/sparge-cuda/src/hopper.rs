@@ -30,27 +30,23 @@ pub(crate) fn takes(shape: &AttentionShape, dtype: DType, options: &AttentionOpt
     DIMS.contains(&shape.head_dim)
         && shape.head_dim_v == shape.head_dim
         && shape.num_qo_heads <= MAX_HEADS
+        && shape.batch * shape.num_qo_heads <= 65535
         && dtype != DType::F32
         && !options.window.is_some_and(|w| w.left.is_some() || w.right.is_some())
         && matches!(options.lengths, Lengths::Full)
 }
 
 /// What a head of the fast path's own selection keeps; `None` for everything.
-fn budget(config: &SpargeConfig, head: usize, shape: &AttentionShape) -> Option<Budget> {
+fn budget(config: &SpargeConfig, head: usize, is_short: bool) -> Option<Budget> {
     let (cdf, top_k) = match *config.selection.get(head) {
         Selection::All => return None,
-        Selection::Auto if is_short(shape.qo_len, shape.kv_len) => return None,
+        Selection::Auto if is_short => return None,
         Selection::Auto => (Selection::AUTO_CDF, 0.0),
         Selection::TopCdf(cdf) => (cdf, 0.0),
         Selection::TopK(top_k) => (0.0, top_k),
         Selection::Union { cdf, top_k } => (cdf, top_k),
     };
     (cdf < 1.0 && top_k < 1.0).then_some(Budget { cdf: cdf as f32, top_k: top_k as f32 })
-}
-
-/// Where [`Selection::Auto`] runs dense.
-pub(crate) fn is_short(q_len: usize, kv_len: usize) -> bool {
-    kv_len < Selection::AUTO_MIN_LEN || q_len < Selection::AUTO_MIN_QUERIES
 }
 
 #[derive(Debug, Clone)]
@@ -86,7 +82,7 @@ pub(crate) struct Workspace {
 
 impl Hopper {
     /// Compiles what the call needs (at the first use on this device). `pool`: what the selection
-    /// pools, where the fast path selects.
+    /// pools, where the fast path selects; `is_short`: where `Selection::Auto` runs dense.
     pub(crate) fn new(
         device: &Device,
         shape: AttentionShape,
@@ -94,8 +90,9 @@ impl Hopper {
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
         pool: Pool,
+        is_short: bool,
     ) -> Result<Self> {
-        let mut args = arguments(shape, options, config)?;
+        let mut args = arguments(shape, options, config, is_short)?;
         let load = |spec: KernelSpec| device.kernel(&spec);
         let dim = shape.head_dim;
         let select = if pool == Pool::None {
@@ -158,6 +155,7 @@ fn arguments(
     shape: AttentionShape,
     options: &AttentionOptions<'_>,
     config: &SpargeConfig,
+    is_short: bool,
 ) -> Result<Args> {
     let q_blocks = shape.qo_len.div_ceil(BLOCK_Q);
     let kv_blocks = shape.kv_len.div_ceil(BLOCK_KV);
@@ -190,7 +188,7 @@ fn arguments(
         ..Args::default()
     };
     for (head, to) in args.budget[..shape.num_qo_heads].iter_mut().enumerate() {
-        *to = budget(config, head, &shape).unwrap_or(Budget { cdf: 2.0, top_k: 1.0 });
+        *to = budget(config, head, is_short).unwrap_or(Budget { cdf: 2.0, top_k: 1.0 });
     }
     Ok(args)
 }

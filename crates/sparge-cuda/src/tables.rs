@@ -1,8 +1,7 @@
 //! What kernels look up per sequence and per head. It travels in the arguments of a launch.
 
-use crate::hopper::is_short;
 use sparge::{
-    Alignment, AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Lengths, Selection,
+    Alignment, AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Lengths, Plan, Selection,
     SpargeConfig,
 };
 use std::mem::size_of;
@@ -50,12 +49,13 @@ pub(crate) struct Tables {
 }
 
 impl Tables {
-    /// The tables of a call that `sparge::Plan` has validated.
+    /// The tables of the call that `plan` was made for.
     pub(crate) fn new(
-        shape: &AttentionShape,
+        plan: &Plan<'_>,
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
     ) -> Self {
+        let shape = plan.shape();
         let mut sequences: Vec<Sequence> = match options.lengths {
             Lengths::Full => (0..shape.batch).map(|b| whole(shape, b, shape.kv_len)).collect(),
             Lengths::Keys(lens) => {
@@ -80,18 +80,18 @@ impl Tables {
         } else {
             [shape.qo_len.div_ceil(BLOCK_Q), shape.kv_len.div_ceil(BLOCK_KV)]
         };
-        for s in &mut sequences {
+        for (i, s) in sequences.iter_mut().enumerate() {
             let (q_len, kv_len) = (s.q_len as usize, s.kv_len as usize);
             s.diagonal = match options.causal.unwrap_or(Alignment::BottomRight) {
                 Alignment::TopLeft => 0,
                 Alignment::BottomRight => s.kv_len - s.q_len,
             };
-            s.is_short = i32::from(is_short(q_len, kv_len));
+            s.is_short = i32::from(plan.is_short(i));
             (s.q_block0, s.kv_block0) = (all[0] as i32, all[1] as i32);
             let blocks = [q_len.div_ceil(BLOCK_Q), kv_len.div_ceil(BLOCK_KV)];
-            for i in 0..2 {
-                all[i] += blocks[i];
-                longest[i] = longest[i].max(blocks[i]);
+            for side in 0..2 {
+                all[side] += blocks[side];
+                longest[side] = longest[side].max(blocks[side]);
             }
         }
         let heads = (0..shape.num_qo_heads).map(|head| settings(config, head)).collect();
@@ -168,7 +168,6 @@ fn settings(config: &SpargeConfig, head: usize) -> Head {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparge::Plan;
 
     #[test]
     fn packed_sequences_get_their_blocks_and_diagonals() {
@@ -190,14 +189,14 @@ mod tests {
             ..Default::default()
         };
         let config = SpargeConfig::default();
-        let tables = Tables::new(&shape, &options, &config);
+        let plan = Plan::new(shape, &options, &config).expect("valid");
+        let tables = Tables::new(&plan, &options, &config);
         let starts: Vec<_> = tables.sequences.iter().map(|s| (s.q_block0, s.kv_block0)).collect();
         assert_eq!(starts, [(0, 0), (2, 4), (2, 5)]);
         assert_eq!(tables.sequences[0].diagonal, 70);
         assert_eq!(tables.sequences[1].diagonal, 10);
         assert_eq!(tables.all, [5, 10]);
-        let [sequences, heads, q_blocks, kv_blocks] =
-            Plan::new(shape, &options, &config).expect("valid").mask_shape();
+        let [sequences, heads, q_blocks, kv_blocks] = plan.mask_shape();
         assert_eq!((tables.sequences.len(), tables.heads.len()), (sequences, heads));
         assert_eq!(tables.longest, [q_blocks, kv_blocks]);
         assert_eq!(tables.words().len() * 4, tables.sequence_bytes() + 2 * size_of::<Head>());

@@ -161,13 +161,23 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// What a head skips in a sequence. The default runs dense where prediction cannot pay: no row
-    /// reaches many keys (a short sequence, a narrow window: nearly all would be kept), or so few
-    /// queries that predicting reads as much as attending.
+    /// Whether [`Selection::Auto`] runs dense in a sequence (the batch entry, unless packed), where
+    /// prediction cannot pay: no row reaches many keys (a short sequence, a narrow window: nearly
+    /// all would be kept), or there are so few queries that predicting reads as much as attending.
+    ///
+    /// # Panics
+    /// Where there is no such sequence.
+    #[must_use]
+    pub fn is_short(&self, sequence: usize) -> bool {
+        let q_len = self.sequences[sequence].q_len;
+        let reach = self.visibility[sequence].reach(q_len);
+        reach < Selection::AUTO_MIN_LEN || q_len < Selection::AUTO_MIN_QUERIES
+    }
+
+    /// What a head skips in a sequence.
     pub(crate) fn head(&self, at: HeadAt) -> HeadPlan {
-        let (head, seq) = (self.heads[at.head], &self.sequences[at.sequence]);
-        let reach = self.visibility[at.sequence].reach(seq.q_len);
-        let short = reach < Selection::AUTO_MIN_LEN || seq.q_len < Selection::AUTO_MIN_QUERIES;
+        let head = self.heads[at.head];
+        let short = self.is_short(at.sequence);
         if head.auto && short {
             HeadPlan { budget: Budget::All, lambda: f64::INFINITY, ..head }
         } else {
