@@ -9,7 +9,7 @@ use crate::general::{Duties, General};
 use crate::hopper::{self, Hopper};
 use crate::options::{CudaOptions, Path, Precision};
 use crate::spec::{Arch, Pool};
-use crate::tensors::{Inputs, MaskKind, Output, Tensor};
+use crate::tensors::{Inputs, MaskKind, Output, check, check_aligned};
 use sparge::{AttentionOptions, AttentionShape, Dims, Plan, SpargeConfig};
 
 /// A kind of call on one device. Make it once, call it often, from any thread.
@@ -160,7 +160,9 @@ impl Attention {
     /// # Safety
     /// On this device, until the work is done: `inputs` and `output` describe memory that holds
     /// the shape given to [`Attention::with`] in its element types, `workspace` is the address of
-    /// [`Attention::workspace_bytes`] bytes that nothing else uses, and `stream` is live.
+    /// [`Attention::workspace_bytes`] bytes that nothing else uses, and `stream` is live. This
+    /// `Attention`, a clone or its [`Device`] lives as long: the last of them unloads the kernels. Where
+    /// a graph captured the call, all of it holds until that graph is launched no more.
     ///
     /// # Errors
     /// [`Error::Tensor`] before anything is enqueued, [`Error::Driver`].
@@ -413,53 +415,4 @@ pub struct Int8Offsets {
     pub k_mean: usize,
     /// Bytes of a row.
     pub padded_dim: usize,
-}
-
-/// Kernels read and write 16 bytes at a time. The stride of a dimension of size 1 leads nowhere.
-fn check(name: &'static str, tensor: &Tensor, dims: Dims, dtype: DType) -> Result<()> {
-    check_aligned(name, tensor.address, 16)?;
-    let (s, unit) = (tensor.strides, 16 / dtype.bytes());
-    let steps = [(dims.batch, s.batch), (dims.heads, s.head), (dims.len, s.token)];
-    if steps.iter().any(|&(size, stride)| size > 1 && stride % unit != 0) {
-        let problem = format!("{s:?} are not all multiples of {unit} elements; make it contiguous");
-        return Err(Error::Tensor { tensor: name, problem });
-    }
-    Ok(())
-}
-
-fn check_aligned(tensor: &'static str, address: u64, bytes: u64) -> Result<()> {
-    if address == 0 || !address.is_multiple_of(bytes) {
-        let problem = format!(
-            "its address is {address:#x}, expected one that is a multiple of {bytes} and not 0"
-        );
-        return Err(Error::Tensor { tensor, problem });
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use sparge::Strides;
-
-    #[test]
-    fn strides_of_one_are_not_looked_at() {
-        let dims = Dims { batch: 1, heads: 2, len: 5, dim: 64 };
-        let with = |batch, head, token| {
-            let tensor = Tensor { address: 0x100, strides: Strides { batch, head, token } };
-            check("q", &tensor, dims, DType::F16)
-        };
-        assert_eq!(with(3, 320, 64), Ok(()));
-        assert!(with(640, 321, 64).is_err());
-        assert!(with(640, 320, 65).is_err());
-    }
-
-    #[test]
-    fn addresses_are_aligned_and_not_null() {
-        assert_eq!(check_aligned("mask", 0x104, 4), Ok(()));
-        for address in [0, 0x102] {
-            let error = check_aligned("mask", address, 4).expect_err("refused").to_string();
-            assert!(error.contains("mask") && error.contains("multiple of 4"), "{error}");
-        }
-    }
 }

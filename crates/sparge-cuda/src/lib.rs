@@ -13,8 +13,10 @@
 //! Compute capability 8.x, 9.0, 10.x and 12.x; f16, bf16 and f32; head dimensions that are multiples
 //! of 8 up to 256; every option of `sparge::AttentionOptions` and `sparge::SpargeConfig`, masks in
 //! device memory. On an H100 or H200 the common calls take a fast path ([`Path`] says which). How a
-//! call is computed is [`Precision`]'s to say. Stage 2 (λ) is permission to skip; the fast path
-//! does not use it.
+//! call is computed, and what becomes of numbers that are not finite, is [`Precision`]'s to say.
+//! Stage 2 (λ) is permission to skip; the fast path does not use it, so that a call's outputs may
+//! differ between the paths by what the skipped products are worth (e^−λ) and its statistics by
+//! their number.
 
 mod attention;
 mod context;

@@ -1,6 +1,7 @@
 //! The general path's selection where it is easy to get wrong: the judge, key pooling finer than a
 //! tile, ragged ends, windows, pooled masks. Skipped where there is no GPU
 //! (`SPARGE_REQUIRE_GPU=1` makes that a failure).
+#![expect(unsafe_code, reason = "launches on raw device addresses")]
 
 mod common;
 
