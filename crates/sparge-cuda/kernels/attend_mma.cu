@@ -426,6 +426,7 @@ __global__ void __launch_bounds__(128, D > 96 || FP8 ? 2 : 3)
 attend_mma(const __grid_constant__ Call a) {
     using Work = Attend<D, T, INT8, FP8>;
     constexpr int PARTS = BLOCK_Q / Work::ROWS;
+    static_assert(Work::BYTES == SPARGE_SHARED_BYTES, "src/spec.rs");
     extern __shared__ __align__(128) u8 shared[];
     __shared__ Place place;
     if (threadIdx.x == 0) {

@@ -126,6 +126,17 @@ template <int D, class T, int STAGES> struct Consumer {
             const int key = (half ? second : first) + i % 32 / 4 * 8 + column + i % 2;
             if (key >= limit[i / 2 % 2]) scores[i] = 0xff800000u;
         }
+        // Keys that are not finite are stored as 0: NaN to the rows that see them.
+#pragma unroll 1
+        for (int w = 0; w < 4; w++) {
+            u32 bad = as_bits(s.k_scale[slot][w / 2][1 + w % 2]);
+            if (bad == 0) continue;
+            bad >>= column;
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                if (i / 16 == w && bad >> (i % 16 / 4 * 8 + i % 2) & 1 && scores[i] != 0xff800000u)
+                    scores[i] = 0x7fc00000u;
+        }
     }
 
     /// The largest raw score of row r in half h among this lane's. Scores are positive floats or
@@ -332,8 +343,7 @@ template <int D, class T, int STAGES> struct Consumer {
 
 template <int D, class T, int STAGES>
 __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Args a) {
-    static_assert(sizeof(Smem<D, STAGES>) <= 2 * 128 * D + STAGES * 128 * (2 * D + 8) + 1024,
-                  "src/spec.rs");
+    static_assert(sizeof(Smem<D, STAGES>) <= SPARGE_SHARED_BYTES, "src/spec.rs");
     extern __shared__ __align__(1024) u8 raw[];
     auto &s = *reinterpret_cast<Smem<D, STAGES> *>(raw);
     if (threadIdx.x == 0) {

@@ -237,18 +237,24 @@ __global__ void __launch_bounds__(THREADS, 1) pool_mask(const __grid_constant__ 
     }
 }
 
-/// both = mask (null: every block) ∧ the caller's block mask. Grid: any.
-template <int>
-__global__ void __launch_bounds__(THREADS, 1) intersect(const __grid_constant__ Call a) {
-    const i64 row_words = a.mask_words, end = static_cast<i64>(a.n_sequences) * a.heads * a.q_blocks * row_words;
-    for (i64 i = static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x; i < end;
+/// Two block masks and where the blocks of both go. The same struct as `launch::Masks`.
+struct Masks {
+    const u32 *mask;     // [sequences, heads, words of a head]; null: every block
+    const u32 *allowed;
+    u32 *both;
+    i64 allowed_sequence, allowed_head;  // words from one to the next, 0 to broadcast
+    i64 heads, head_words, words;        // words: of all
+};
+static_assert(sizeof(Masks) == 64, "Masks");
+
+/// Grid: any.
+template <int> __global__ void __launch_bounds__(THREADS, 1) intersect(const __grid_constant__ Masks m) {
+    for (i64 i = static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x; i < m.words;
          i += static_cast<i64>(gridDim.x) * THREADS) {
-        const int q_block = static_cast<int>(i / row_words % a.q_blocks);
-        const int row_of_heads = static_cast<int>(i / row_words / a.q_blocks);
-        const u32 *allowed = allowed_words(a, row_of_heads / a.heads, row_of_heads % a.heads, q_block);
-        u32 word = a.mask ? a.mask[i] : FULL;
-        if (allowed) word &= allowed[i % row_words];
-        a.both[i] = word;
+        const i64 head = i / m.head_words;
+        const u32 allowed = m.allowed[head / m.heads * m.allowed_sequence +
+                                      head % m.heads * m.allowed_head + i % m.head_words];
+        m.both[i] = allowed & (m.mask ? m.mask[i] : FULL);
     }
 }
 

@@ -212,7 +212,7 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
 
 template <int D, class T, int POOL>
 __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*scratch)[D],
-                                            uint4 *image, u32 *tops) {
+                                            uint4 *image, u32 *tops, u32 *bad_rows) {
     const int pair = index / a.kv_blocks, block = index % a.kv_blocks;
     const int batch = pair / a.kv_heads, head = pair % a.kv_heads;
     const int warp = threadIdx.x / 32 % 4, first = block * BLOCK_KV + warp * SUB;
@@ -223,6 +223,8 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                               head * s.head, s.token, first, a.kv_len);
     const float *mean = a.k_mean + pair * D;
     float sum[8];
+    // Keys whose K or V is not finite: they count as zero here, and the attention kernel is told.
+    u32 bad = 0;
     if (is_key) {
         if (POOL) part.column_sums(sum);
         u32 top = 0;
@@ -235,6 +237,20 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                 top = umax(top, magnitude(part.x[i][j]));
             }
         top = __reduce_max_sync(FULL, top);
+        if (top >= 0x7f800000u) {
+            top = 0;
+#pragma unroll
+            for (int i = 0; i < Part<D>::ROWS; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    if (!is_finite(part.x[i][j])) {
+                        part.x[i][j] = 0.f;
+                        bad |= 1u << (part.row + i);
+                    }
+                    top = umax(top, magnitude(part.x[i][j]));
+                }
+            top = __reduce_max_sync(FULL, top);
+        }
         if (threadIdx.x % 32 == 0) tops[warp] = top;
     } else {
         // e4m3, keys in the order in which the attention kernel's registers hold P: of 16 keys,
@@ -259,8 +275,8 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     const float x = part.x[i][2 * p + j];
-                    y[j] = is_finite(x) ? fmaf(x, by[2 * p + j], carry[2 * p + j])
-                                        : as_float(0x7fc00000u);
+                    y[j] = is_finite(x) ? fmaf(x, by[2 * p + j], carry[2 * p + j]) : 0.f;
+                    if (!is_finite(x)) bad |= 1u << (part.row + i);
                 }
                 code[i] = e4m3x2(y[0], y[1]);
                 const u32 back = f16x2_of_e4m3x2(code[i]);
@@ -268,7 +284,7 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     float &c = carry[2 * p + j];
-                    c = is_finite(rest[j]) ? fmaf(0.3f, rest[j], 0.5f * c) : 0.f;
+                    c = fmaf(0.3f, rest[j], 0.5f * c);
                 }
             }
 #pragma unroll
@@ -300,6 +316,8 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
             else *reinterpret_cast<uint2 *>(to) = uint2{out[0], out[1]};
         }
     }
+    bad = __reduce_or_sync(FULL, bad);
+    if (threadIdx.x % 32 == 0) bad_rows[threadIdx.x / 32] = bad;
     __syncthreads();
     if (is_key) {
         const float most = as_float(umax(umax(tops[0], tops[1]), umax(tops[2], tops[3])));
@@ -307,7 +325,18 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
 #pragma unroll
         for (int i = 0; i < Part<D>::ROWS; i++)
             part.store_int8(to, warp * SUB, i, is_tiny(most) ? 0.f : 127.f / most);
-        if (threadIdx.x == 0) a.k_scale[index * 4] = most / 127.f < 1e-15f ? 1e-15f : most / 127.f;
+        if (threadIdx.x == 0) {
+            const float scale = most / 127.f < 1e-15f ? 1e-15f : most / 127.f;
+            u32 keys[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                keys[i] = bad_rows[2 * i] | bad_rows[2 * i + 4] |
+                          (bad_rows[2 * i + 1] | bad_rows[2 * i + 5]) << SUB;
+            uint4 *to = reinterpret_cast<uint4 *>(a.k_scale) + static_cast<i64>(index) * 2;
+            // Where every row sees the block, its scale says it.
+            to[0] = uint4{keys[0] | keys[1] ? 0x7fc00000u : as_bits(scale), 0, 0, 0};
+            to[1] = uint4{as_bits(scale), keys[0], keys[1], 0};
+        }
     } else {
         uint4 *to = reinterpret_cast<uint4 *>(a.v8 + static_cast<i64>(index) * (D * BLOCK_KV));
         for (int slot = threadIdx.x - THREADS / 2; slot < D * BLOCK_KV / 16; slot += THREADS / 2)
@@ -323,10 +352,10 @@ template <int D, class T, int POOL>
 __global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Args a) {
     __shared__ float scratch[8][D];
     __shared__ uint4 image[D * BLOCK_KV / 16];
-    __shared__ u32 tops[4];
+    __shared__ u32 tops[4], bad_rows[THREADS / 32];
     const int q_blocks = a.batch * a.heads * a.q_blocks;
     if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch);
-    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops);
+    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows);
 }
 
 }  // namespace sparge

@@ -1,15 +1,15 @@
 //! One kind of call, validated once; its verbs choose between the fast path and the general one.
 #![expect(unsafe_code, reason = "device addresses come from the caller")]
 
+use crate::context::Restore;
 use crate::device::{Device, Stream};
 use crate::dtype::DType;
-use crate::context::Restore;
 use crate::error::{Error, Result};
 use crate::general::{Duties, General};
 use crate::hopper::{self, Hopper};
 use crate::options::{CudaOptions, Path, Precision};
 use crate::spec::{Arch, Pool};
-use crate::tensors::{Inputs, MaskKind, Output, Tensor};
+use crate::tensors::{Inputs, MaskKind, Output, check, check_aligned};
 use sparge::{AttentionOptions, AttentionShape, Dims, Plan, SpargeConfig};
 
 /// A kind of call on one device. Make it once, call it often, from any thread.
@@ -76,6 +76,7 @@ impl Attention {
             );
         }
         let plan = Plan::new(shape, options, config)?;
+        let mask_shape = plan.mask_shape();
         if [shape.head_dim, shape.head_dim_v].iter().any(|dim| dim % 8 != 0) {
             return unsupported(
                 "a head_dim that is not a multiple of 8",
@@ -87,7 +88,7 @@ impl Attention {
             && cuda.element_mask.is_none()
             && device.arch() == Arch::Sm90a
             && hopper::takes(&shape, dtype, options);
-        let general = General::new(&plan, shape, dtype, options, config, cuda)?;
+        let general = General::new(&plan, dtype, options, config, cuda)?;
         // The fast path attends under one mask: the caller's, too, goes through the selection.
         let predicts = general.selects() || (is_fast && cuda.block_mask);
         if general.selects() && config.pooling.sampled_rows > 0 {
@@ -100,9 +101,7 @@ impl Attention {
         let hopper = if is_fast {
             let own = hopper::pool_of(config.pooling).filter(|_| !judges && !cuda.block_mask);
             let pool = if predicts { own.unwrap_or(Pool::None) } else { Pool::None };
-            // Its batch entries are all alike.
-            let auto_is_dense = plan.auto_is_dense(0);
-            Some(Hopper::new(device, shape, dtype, options, config, auto_is_dense, pool)?)
+            Some(Hopper::new(device, shape, dtype, options, config, pool, plan.is_short(0))?)
         } else {
             None
         };
@@ -124,7 +123,7 @@ impl Attention {
             hopper,
             general,
             general_at,
-            mask_shape: plan.mask_shape(),
+            mask_shape,
             predicts,
         })
     }
@@ -167,7 +166,9 @@ impl Attention {
     /// # Safety
     /// On this device, until the work is done: `inputs` and `output` describe memory that holds
     /// the shape given to [`Attention::with`] in its element types, `workspace` is the address of
-    /// [`Attention::workspace_bytes`] bytes that nothing else uses, and `stream` is live.
+    /// [`Attention::workspace_bytes`] bytes that nothing else uses, and `stream` is live. This
+    /// `Attention`, a clone or its [`Device`] lives as long: the last of them unloads the kernels. Where
+    /// a graph captured the call, all of it holds until that graph is launched no more.
     ///
     /// # Errors
     /// [`Error::Tensor`] before anything is enqueued, [`Error::Driver`].
@@ -379,8 +380,7 @@ impl Attention {
 
     fn check_output(&self, output: &Output) -> Result<()> {
         let s = &self.shape;
-        let dims =
-            Dims { batch: s.batch, heads: s.num_qo_heads, len: s.qo_len, dim: s.head_dim_v };
+        let dims = Dims { batch: s.batch, heads: s.num_qo_heads, len: s.qo_len, dim: s.head_dim_v };
         check("o", &output.o, dims, self.dtype)?;
         for (name, address, bytes) in [("lse", output.lse, 4), ("stats", output.stats, 8)] {
             if let Some(address) = address {
@@ -421,52 +421,4 @@ pub struct Int8Offsets {
     pub k_mean: usize,
     /// Bytes of a row.
     pub padded_dim: usize,
-}
-
-/// Kernels read and write 16 bytes at a time. The stride of a dimension of size 1 leads nowhere.
-fn check(name: &'static str, tensor: &Tensor, dims: Dims, dtype: DType) -> Result<()> {
-    check_aligned(name, tensor.address, 16)?;
-    let (s, unit) = (tensor.strides, 16 / dtype.bytes());
-    let steps = [(dims.batch, s.batch), (dims.heads, s.head), (dims.len, s.token)];
-    if steps.iter().any(|&(size, stride)| size > 1 && stride % unit != 0) {
-        let problem = format!("{s:?} are not all multiples of {unit} elements; make it contiguous");
-        return Err(Error::Tensor { tensor: name, problem });
-    }
-    Ok(())
-}
-
-fn check_aligned(tensor: &'static str, address: u64, bytes: u64) -> Result<()> {
-    if address == 0 || !address.is_multiple_of(bytes) {
-        let problem =
-            format!("its address is {address:#x}, expected one that is a multiple of {bytes} and not 0");
-        return Err(Error::Tensor { tensor, problem });
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use sparge::Strides;
-
-    #[test]
-    fn strides_of_one_are_not_looked_at() {
-        let dims = Dims { batch: 1, heads: 2, len: 5, dim: 64 };
-        let with = |batch, head, token| {
-            let tensor = Tensor { address: 0x100, strides: Strides { batch, head, token } };
-            check("q", &tensor, dims, DType::F16)
-        };
-        assert_eq!(with(3, 320, 64), Ok(()));
-        assert!(with(640, 321, 64).is_err());
-        assert!(with(640, 320, 65).is_err());
-    }
-
-    #[test]
-    fn addresses_are_aligned_and_not_null() {
-        assert_eq!(check_aligned("mask", 0x104, 4), Ok(()));
-        for address in [0, 0x102] {
-            let error = check_aligned("mask", address, 4).expect_err("refused").to_string();
-            assert!(error.contains("mask") && error.contains("multiple of 4"), "{error}");
-        }
-    }
 }

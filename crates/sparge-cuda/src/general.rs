@@ -13,9 +13,6 @@ use crate::tensors::MaskKind;
 use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Plan, Pooling, SpargeConfig};
 use std::sync::Arc;
 
-/// Tokens of a sequence that the kernels count.
-const MOST_TOKENS: usize = 1 << 28;
-
 /// A kind of call on the general path.
 #[derive(Debug, Clone)]
 pub(crate) struct General {
@@ -126,20 +123,18 @@ impl General {
     /// Sizes and tables; no kernels and no workspace yet.
     pub(crate) fn new(
         plan: &Plan<'_>,
-        shape: AttentionShape,
         dtype: DType,
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
         cuda: &CudaOptions,
     ) -> Result<Self> {
-        // The tables hold lengths in 32 bits.
-        if shape.qo_len.max(shape.kv_len) > MOST_TOKENS {
-            return Err(Error::Unsupported {
-                what: format!("a sequence of {} tokens", shape.qo_len.max(shape.kv_len)),
-                remedy: "split the tokens; 2^28 at a time is the most",
-            });
+        let shape = *plan.shape();
+        // Tokens and heads are counted in 32 bits.
+        let most = [shape.batch, shape.num_qo_heads, shape.qo_len, shape.kv_len];
+        if most.into_iter().any(|size| size > 1 << 29) {
+            return Err(too_large(&shape));
         }
-        let tables = Tables::new(plan, &shape, options, config);
+        let tables = Tables::new(plan, options, config);
         let scale = options.softmax_scale.unwrap_or(1.0 / (shape.head_dim as f64).sqrt());
         let window = options.window.unwrap_or_default();
         // Longer than any sequence is as good as without end.
@@ -204,45 +199,32 @@ impl General {
         Ok(general)
     }
 
-    /// Kernels count tokens, blocks and pooled rows in 32 bits; grids have limits.
+    /// Kernels count blocks, rows and their own thread blocks in 32 bits.
     fn check_sizes(&self) -> Result<()> {
         let (t, s) = (&self.tables, &self.shape);
         let heads = s.num_qo_heads as u128;
         let sequences = t.sequences.len() as u128;
-        let most = i32::MAX as u128 / 2;
-        // Thread blocks of the kernels that read the element mask.
-        let element_heads = if self.call.element_kind == 0 { 0 } else { self.call.element_heads };
+        let element_heads =
+            if self.call.element_kind == 0 { 0 } else { self.call.element_heads as u128 };
         let parts = (BLOCK_Q / self.pooling.q_rows).max(8) as u128;
         let counts = [
-            ("blocks of queries in all heads", sequences * heads * t.longest[0] as u128 * 2),
-            (
-                "blocks in all heads",
-                heads * t.all[0] as u128 + s.num_kv_heads as u128 * t.all[1] as u128,
-            ),
-            ("rows in all heads", s.batch as u128 * heads * s.qo_len.max(s.kv_len) as u128),
-            (
-                "pooled rows of the element mask",
-                sequences * element_heads as u128 * t.longest[0] as u128 * parts,
-            ),
+            sequences * heads * t.longest[0] as u128 * 2,
+            heads * t.all[0] as u128 + s.num_kv_heads as u128 * t.all[1] as u128,
+            s.batch as u128 * heads * s.qo_len.max(s.kv_len) as u128,
+            // Thread blocks of the kernels that read the element mask.
+            sequences * element_heads * t.longest[0] as u128 * parts,
         ];
-        match counts.iter().find(|(_, count)| *count > most) {
-            None => Ok(()),
-            Some((what, count)) => Err(Error::Unsupported {
-                what: format!(
-                    "a call of {sequences} sequences × {heads} heads × {} rows ({count} {what}, {most} is the most)",
-                    s.qo_len
-                ),
-                remedy: "call on fewer heads or sequences at a time",
-            }),
-        }
+        let is_large = counts.iter().any(|&count| count > i32::MAX as u128 / 2);
+        if is_large { Err(too_large(s)) } else { Ok(()) }
     }
 
     /// Whether any head of any sequence selects blocks.
     pub(crate) fn selects(&self) -> bool {
         self.tables.sequences.iter().any(|s| {
-            self.tables.heads.iter().any(|h: &Head| {
-                h.keeps_all == 0 && (h.is_auto == 0 || s.is_short == 0)
-            })
+            self.tables
+                .heads
+                .iter()
+                .any(|h: &Head| h.keeps_all == 0 && (h.is_auto == 0 || s.is_short == 0))
         })
     }
 
@@ -339,6 +321,16 @@ impl General {
     }
 }
 
+fn too_large(s: &AttentionShape) -> Error {
+    Error::Unsupported {
+        what: format!(
+            "a call of {} × {} heads × {} queries and {} keys",
+            s.batch, s.num_qo_heads, s.qo_len, s.kv_len
+        ),
+        remedy: "call on fewer heads, sequences or tokens at a time",
+    }
+}
+
 impl Layout {
     fn new(g: &General, selects: bool) -> Result<Self> {
         let (call, t, s) = (&g.call, &g.tables, &g.shape);
@@ -406,5 +398,38 @@ impl Layout {
         }
         layout.bytes = at;
         Ok(layout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn general(shape: AttentionShape) -> Result<General> {
+        let (options, config) = (AttentionOptions::default(), SpargeConfig::default());
+        let plan = Plan::new(shape, &options, &config)?;
+        General::new(&plan, DType::F16, &options, &config, &CudaOptions::default())
+    }
+
+    #[test]
+    fn sizes_beyond_32_bits_are_refused() {
+        let shape = AttentionShape {
+            batch: 1,
+            num_qo_heads: 8,
+            num_kv_heads: 8,
+            qo_len: 4096,
+            kv_len: 4096,
+            head_dim: 64,
+            head_dim_v: 64,
+        };
+        assert!(general(shape).is_ok_and(|g| g.selects()));
+        for shape in [
+            AttentionShape { kv_len: 1 << 31, ..shape },
+            AttentionShape { qo_len: (1 << 31) + 7, kv_len: 100, ..shape },
+            AttentionShape { batch: 1 << 20, ..shape },
+        ] {
+            let refused = general(shape);
+            assert!(matches!(refused, Err(Error::Unsupported { .. })), "{shape:?}");
+        }
     }
 }

@@ -25,25 +25,22 @@ pub(crate) struct Hopper {
     pool: Pool,
 }
 
-/// Rows of a launch's grid: heads of all batch entries.
-const MAX_GRID_Y: usize = 65535;
-
 /// Whether the fast path computes this shape under these options, in `dtype`.
 pub(crate) fn takes(shape: &AttentionShape, dtype: DType, options: &AttentionOptions<'_>) -> bool {
     DIMS.contains(&shape.head_dim)
         && shape.head_dim_v == shape.head_dim
         && shape.num_qo_heads <= MAX_HEADS
-        && shape.batch * shape.num_qo_heads <= MAX_GRID_Y
+        && shape.batch * shape.num_qo_heads <= 65535
         && dtype != DType::F32
         && !options.window.is_some_and(|w| w.left.is_some() || w.right.is_some())
         && matches!(options.lengths, Lengths::Full)
 }
 
 /// What a head of the fast path's own selection keeps; `None` for everything.
-fn budget(config: &SpargeConfig, head: usize, auto_is_dense: bool) -> Option<Budget> {
+fn budget(config: &SpargeConfig, head: usize, is_short: bool) -> Option<Budget> {
     let (cdf, top_k) = match *config.selection.get(head) {
         Selection::All => return None,
-        Selection::Auto if auto_is_dense => return None,
+        Selection::Auto if is_short => return None,
         Selection::Auto => (Selection::AUTO_CDF, 0.0),
         Selection::TopCdf(cdf) => (cdf, 0.0),
         Selection::TopK(top_k) => (0.0, top_k),
@@ -84,17 +81,17 @@ pub(crate) struct Workspace {
 
 impl Hopper {
     /// Compiles what the call needs (at the first use on this device). `pool`: what the selection
-    /// pools, where the fast path selects.
+    /// pools, where the fast path selects; `is_short`: where `Selection::Auto` runs dense.
     pub(crate) fn new(
         device: &Device,
         shape: AttentionShape,
         dtype: DType,
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
-        auto_is_dense: bool,
         pool: Pool,
+        is_short: bool,
     ) -> Result<Self> {
-        let mut args = arguments(shape, options, config, auto_is_dense)?;
+        let mut args = arguments(shape, options, config, is_short)?;
         let load = |spec: KernelSpec| device.kernel(&spec);
         let dim = shape.head_dim;
         let select = if pool == Pool::None {
@@ -157,7 +154,7 @@ fn arguments(
     shape: AttentionShape,
     options: &AttentionOptions<'_>,
     config: &SpargeConfig,
-    auto_is_dense: bool,
+    is_short: bool,
 ) -> Result<Args> {
     let q_blocks = shape.qo_len.div_ceil(BLOCK_Q);
     let kv_blocks = shape.kv_len.div_ceil(BLOCK_KV);
@@ -190,7 +187,7 @@ fn arguments(
         ..Args::default()
     };
     for (head, to) in args.budget[..shape.num_qo_heads].iter_mut().enumerate() {
-        *to = budget(config, head, auto_is_dense).unwrap_or(Budget { cdf: 2.0, top_k: 1.0 });
+        *to = budget(config, head, is_short).unwrap_or(Budget { cdf: 2.0, top_k: 1.0 });
     }
     Ok(args)
 }

@@ -1,19 +1,22 @@
 //! The operator of the `sparge` crate on NVIDIA GPUs.
 //!
-//! [`Attention::new`] takes the same shape, options and config as `sparge::Plan`, chooses kernels
+//! [`Attention::with`] takes the same shape, options and config as `sparge::Plan`, chooses kernels
 //! and sizes the workspace. [`Attention::forward`] enqueues predict → quantize → attend on the
 //! caller's stream, on the caller's device pointers: nothing is allocated and nothing waits, so a
 //! call can be captured in a CUDA graph. The same inputs give the same bits.
 //!
 //! The kernels are CUDA C++ sources in `kernels/`, compiled by NVRTC when a [`Device`] first needs
-//! them and kept in a cache on disk. Driver and NVRTC are loaded dynamically: this crate builds,
-//! and its tests pass, on a machine that has neither.
+//! them and kept in a cache on disk, or taken from a pack made ahead of time
+//! ([`Environment::pack_dir`]). Driver and NVRTC are loaded dynamically: this crate builds, and its
+//! tests pass, on a machine that has neither.
 //!
-//! What runs: compute capability 9.0 (H100, H200), f16 and bf16, head dimensions 64 and 128, any
-//! lengths, GQA, causal with both alignments, every `Selection`, poolings `BLOCK` and `SUB_BLOCK`.
-//! Q·Kᵀ is int8 (per-token scales for Q, per-block scales for K less its mean), P·V is fp8 e4m3
-//! with fp32 sums. Everything else is [`Error::Unsupported`], by name. Stage 2 (λ) permits skipping
-//! and is not used: the products it would leave out are computed.
+//! Compute capability 8.x, 9.0, 10.x and 12.x; f16, bf16 and f32; head dimensions that are multiples
+//! of 8 up to 256; every option of `sparge::AttentionOptions` and `sparge::SpargeConfig`, masks in
+//! device memory. On an H100 or H200 the common calls take a fast path ([`Path`] says which). How a
+//! call is computed, and what becomes of numbers that are not finite, is [`Precision`]'s to say.
+//! Stage 2 (λ) is permission to skip; the fast path does not use it, so that a call's outputs may
+//! differ between the paths by what the skipped products are worth (e^−λ) and its statistics by
+//! their number.
 
 mod attention;
 mod context;

@@ -49,13 +49,13 @@ pub(crate) struct Tables {
 }
 
 impl Tables {
-    /// The tables of a call that `plan` has validated, whose lengths `General` has checked.
+    /// The tables of the call that `plan` was made for.
     pub(crate) fn new(
         plan: &Plan<'_>,
-        shape: &AttentionShape,
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
     ) -> Self {
+        let shape = plan.shape();
         let mut sequences: Vec<Sequence> = match options.lengths {
             Lengths::Full => (0..shape.batch).map(|b| whole(shape, b, shape.kv_len)).collect(),
             Lengths::Keys(lens) => {
@@ -80,18 +80,18 @@ impl Tables {
         } else {
             [shape.qo_len.div_ceil(BLOCK_Q), shape.kv_len.div_ceil(BLOCK_KV)]
         };
-        for (at, s) in sequences.iter_mut().enumerate() {
+        for (i, s) in sequences.iter_mut().enumerate() {
             let (q_len, kv_len) = (s.q_len as usize, s.kv_len as usize);
             s.diagonal = match options.causal.unwrap_or(Alignment::BottomRight) {
                 Alignment::TopLeft => 0,
                 Alignment::BottomRight => s.kv_len - s.q_len,
             };
-            s.is_short = i32::from(plan.auto_is_dense(at));
+            s.is_short = i32::from(plan.is_short(i));
             (s.q_block0, s.kv_block0) = (all[0] as i32, all[1] as i32);
             let blocks = [q_len.div_ceil(BLOCK_Q), kv_len.div_ceil(BLOCK_KV)];
-            for i in 0..2 {
-                all[i] += blocks[i];
-                longest[i] = longest[i].max(blocks[i]);
+            for side in 0..2 {
+                all[side] += blocks[side];
+                longest[side] = longest[side].max(blocks[side]);
             }
         }
         let heads = (0..shape.num_qo_heads).map(|head| settings(config, head)).collect();
@@ -168,7 +168,6 @@ fn settings(config: &SpargeConfig, head: usize) -> Head {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparge::Window;
 
     #[test]
     fn packed_sequences_get_their_blocks_and_diagonals() {
@@ -191,7 +190,7 @@ mod tests {
         };
         let config = SpargeConfig::default();
         let plan = Plan::new(shape, &options, &config).expect("valid");
-        let tables = Tables::new(&plan, &shape, &options, &config);
+        let tables = Tables::new(&plan, &options, &config);
         let starts: Vec<_> = tables.sequences.iter().map(|s| (s.q_block0, s.kv_block0)).collect();
         assert_eq!(starts, [(0, 0), (2, 4), (2, 5)]);
         assert_eq!(tables.sequences[0].diagonal, 70);
@@ -220,10 +219,10 @@ mod tests {
             let options = AttentionOptions { causal, window, ..Default::default() };
             let config = SpargeConfig::default();
             let plan = Plan::new(shape, &options, &config).expect("valid");
-            Tables::new(&plan, &shape, &options, &config).sequences[0].is_short
+            Tables::new(&plan, &options, &config).sequences[0].is_short
         };
         assert_eq!(is_short(None), 0);
-        assert_eq!(is_short(Some(Window { left: Some(200), right: None })), 1);
+        assert_eq!(is_short(Some(sparge::Window { left: Some(200), right: None })), 1);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What a call reads and writes in device memory.
 
 use crate::dtype::DType;
-use sparge::Strides;
+use crate::error::{Error, Result};
+use sparge::{Dims, Strides};
 
 /// A `[batch, heads, tokens, dim]` tensor in device memory: a 16-byte aligned address and strides
 /// in elements, multiples of 16 bytes; the last dimension's stride is 1.
@@ -78,7 +79,10 @@ pub struct Output {
     /// scores over the attended pairs, −∞ where there are none.
     pub lse: Option<u64>,
     /// Address of `[sequences, num_qo_heads, 4]` u64, contiguous: the fields of
-    /// `sparge::HeadStats` in their order.
+    /// `sparge::HeadStats` in their order. A group is 16 rows of one key block, and counts where a
+    /// pair of its own may be attended; the CPU counts the groups of a strip of 64 rows together, so
+    /// that its numbers are higher where masks cut. The fast path computes the products of all kept
+    /// groups, the general one counts those that λ left.
     pub stats: Option<u64>,
 }
 
@@ -87,5 +91,54 @@ impl Output {
     #[must_use]
     pub fn new(o: Tensor) -> Self {
         Self { o, lse: None, stats: None }
+    }
+}
+
+/// Kernels read and write 16 bytes at a time. The stride of a dimension of size 1 leads nowhere.
+pub(crate) fn check(name: &'static str, tensor: &Tensor, dims: Dims, dtype: DType) -> Result<()> {
+    check_aligned(name, tensor.address, 16)?;
+    let (s, unit) = (tensor.strides, 16 / dtype.bytes());
+    let steps = [(dims.batch, s.batch), (dims.heads, s.head), (dims.len, s.token)];
+    if steps.iter().any(|&(size, stride)| size > 1 && stride % unit != 0) {
+        let problem = format!("{s:?} are not all multiples of {unit} elements; make it contiguous");
+        return Err(Error::Tensor { tensor: name, problem });
+    }
+    Ok(())
+}
+
+/// Refuses null and what is not a multiple of `bytes`.
+pub(crate) fn check_aligned(tensor: &'static str, address: u64, bytes: u64) -> Result<()> {
+    if address == 0 || !address.is_multiple_of(bytes) {
+        let problem = format!(
+            "its address is {address:#x}, expected one that is a multiple of {bytes} and not 0"
+        );
+        return Err(Error::Tensor { tensor, problem });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strides_of_one_are_not_looked_at() {
+        let dims = Dims { batch: 1, heads: 2, len: 5, dim: 64 };
+        let with = |batch, head, token| {
+            let tensor = Tensor { address: 0x100, strides: Strides { batch, head, token } };
+            check("q", &tensor, dims, DType::F16)
+        };
+        assert_eq!(with(3, 320, 64), Ok(()));
+        assert!(with(640, 321, 64).is_err());
+        assert!(with(640, 320, 65).is_err());
+    }
+
+    #[test]
+    fn addresses_are_aligned_and_not_null() {
+        assert_eq!(check_aligned("mask", 0x104, 4), Ok(()));
+        for address in [0, 0x102] {
+            let error = check_aligned("mask", address, 4).expect_err("refused").to_string();
+            assert!(error.contains("mask") && error.contains("multiple of 4"), "{error}");
+        }
     }
 }

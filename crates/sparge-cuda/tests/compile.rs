@@ -10,7 +10,7 @@ const PART: &str = "SPARGE_COMPILE_PART";
 
 #[test]
 fn all_kernels_compile_without_spills_or_warnings() {
-    let part = std::env::var(PART).ok();
+    let part = std::env::var_os(PART).map(|part| part.to_string_lossy().into_owned());
     let compiler = match Compiler::load(&Environment::from_process()) {
         Ok(compiler) => compiler,
         Err(error @ Error::NoNvrtc { .. }) => {

@@ -46,7 +46,12 @@ const CASES: [Case; 12] = [
 fn gpu() -> Option<(Device, Arc<CudaContext>)> {
     match Device::new(0, &Environment::from_process()) {
         Ok(device) => Some((device, CudaContext::new(0).expect("the GPU opened a moment ago"))),
-        Err(error @ (Error::NoDriver | Error::NoNvrtc { .. } | Error::Gpu { .. })) => {
+        Err(
+            error @ (Error::NoDriver
+            | Error::NoDevice { .. }
+            | Error::NoNvrtc { .. }
+            | Error::Gpu { .. }),
+        ) => {
             assert!(std::env::var_os("SPARGE_REQUIRE_GPU").is_none_or(|v| v != "1"), "{error}");
             eprintln!("skipped: {error}");
             None
@@ -341,19 +346,40 @@ fn causal_rows_do_not_see_the_future() {
     }
 }
 
-/// A key that is not a number reaches the rows that attend to its block, and no other.
+/// What is not finite in K or V reaches the rows that see it, and no other, to the row: in blocks that
+/// the diagonal or the end of the keys cuts, and in whole ones.
 #[test]
-fn nan_stays_in_its_block() {
+fn what_is_not_finite_reaches_the_rows_that_see_it() {
     let Some((device, context)) = gpu() else { return };
-    let case = case([1, 1, 1, 640, 640, 64], Some(Alignment::TopLeft), Layout::Hnd);
     let config = SpargeConfig::dense();
-    for which in 0..2 {
-        let mut host = Host::new(case, 9);
-        let x = if which == 0 { &mut host.k } else { &mut host.v };
-        x[600 * 64 + 5] = bf16::NAN;
-        let ran = run(&device, &context, &host, &config, which == 1);
-        // Key 600 is in the block of keys 576..640, which query block 512..640 attends to.
-        assert!(ran.o[..512 * 64].iter().all(|x| x.is_finite()));
-        assert!(ran.o[600 * 64..].chunks(64).all(|row| row.iter().any(|x| x.is_nan())));
+    for dim in [64, 128] {
+        for (causal, len) in
+            [(Some(Alignment::TopLeft), 640), (Some(Alignment::BottomRight), 610), (None, 610)]
+        {
+            for (which, value) in
+                [(0, f32::NAN), (0, f32::INFINITY), (1, f32::NAN), (1, f32::INFINITY)]
+            {
+                for key in [70, 600] {
+                    let mut host =
+                        Host::new(case([1, 1, 1, len, len, dim], causal, Layout::Hnd), 9);
+                    let x = if which == 0 { &mut host.k } else { &mut host.v };
+                    x[key * dim + 5] = bf16::from_f32(value);
+                    let ran = run(&device, &context, &host, &config, true);
+                    for (i, row) in ran.o.chunks(dim).enumerate() {
+                        let sees = causal.is_none() || i >= key;
+                        let is_right = if sees {
+                            row.iter().any(|x| x.is_nan()) && ran.lse[i].is_nan()
+                        } else {
+                            row.iter().all(|x| x.is_finite()) && ran.lse[i].is_finite()
+                        };
+                        let what = if which == 0 { "K" } else { "V" };
+                        assert!(
+                            is_right,
+                            "{value} in {what} {key}, dim {dim}, {causal:?}: row {i}"
+                        );
+                    }
+                }
+            }
+        }
     }
 }

@@ -31,7 +31,7 @@ fn bias(dims: Dims, of: impl Fn(usize, usize, usize) -> f32) -> Element {
     for head in 0..dims.batch * dims.heads {
         data.extend((0..dims.len * dims.dim).map(|at| of(head, at / dims.dim, at % dims.dim)));
     }
-    Element::Bias(dims, data)
+    Element::Bias(dims, data, DType::F32)
 }
 
 /// Calls that cover the options; dense, to be made sparse.

@@ -161,22 +161,24 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// Whether [`Selection::Auto`] runs dense in a sequence (a batch entry, or a packed one): where
-    /// prediction cannot pay, because no row reaches many keys (a short sequence, a narrow window:
-    /// nearly all would be kept), or because so few queries make predicting read as much as
-    /// attending. True for a sequence that the call does not have.
+    /// Whether [`Selection::Auto`] runs dense in a sequence (the batch entry, unless packed), where
+    /// prediction cannot pay: no row reaches many keys (a short sequence, a narrow window: nearly
+    /// all would be kept), or there are so few queries that predicting reads as much as attending.
+    ///
+    /// # Panics
+    /// Where there is no such sequence.
     #[must_use]
-    pub fn auto_is_dense(&self, sequence: usize) -> bool {
-        self.sequences.get(sequence).is_none_or(|s| {
-            self.visibility[sequence].reach(s.q_len) < Selection::AUTO_MIN_LEN
-                || s.q_len < Selection::AUTO_MIN_QUERIES
-        })
+    pub fn is_short(&self, sequence: usize) -> bool {
+        let q_len = self.sequences[sequence].q_len;
+        let reach = self.visibility[sequence].reach(q_len);
+        reach < Selection::AUTO_MIN_LEN || q_len < Selection::AUTO_MIN_QUERIES
     }
 
     /// What a head skips in a sequence.
     pub(crate) fn head(&self, at: HeadAt) -> HeadPlan {
         let head = self.heads[at.head];
-        if head.auto && self.auto_is_dense(at.sequence) {
+        let short = self.is_short(at.sequence);
+        if head.auto && short {
             HeadPlan { budget: Budget::All, lambda: f64::INFINITY, ..head }
         } else {
             head

@@ -42,7 +42,6 @@ struct Call {
     const u32 *allowed;      // block mask of the caller, may be null
     i64 allowed_sequence, allowed_head;  // words from one to the next, 0 to broadcast
     u32 *mask;               // [sequences, heads, q_blocks, mask_words]; null: every reachable block
-    u32 *both;               // the same shape: the blocks of `mask` that `allowed` has too
     const Sequence *sequences;
     const Head *head;
     u32 *groups;             // [sequences, element_heads, q_blocks, 8, mask_words]: 16-row groups
@@ -76,7 +75,7 @@ struct Call {
     i32 o_kind, counts_products;
     float scale_log2, square_scale;
 };
-static_assert(sizeof(Call) == 504, "Call");
+static_assert(sizeof(Call) == 496, "Call");
 
 enum Coverage { EMPTY_TILE, PARTIAL_TILE, FULL_TILE };
 

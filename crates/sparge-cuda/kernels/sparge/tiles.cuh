@@ -23,7 +23,7 @@ template <int D, int STAGES> struct alignas(1024) Smem {
     i8 k[STAGES][2][BLOCK_KV * D];
     u8 v[STAGES][2][(D + 8) * BLOCK_KV];  // row D is ones, the rest zeros: it sums P
     Tile tile[STAGES];
-    float k_scale[STAGES][2][4];  // the first of four
+    float k_scale[STAGES][2][4];  // the scale, bits of bad keys, nothing
     // The producer's own: it has only 24 registers.
     int index, uncut, base, end, items;
     u64 q_full[Q_STAGES], q_empty[Q_STAGES];
@@ -112,8 +112,9 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
             u32 to = shared_address(s.k_scale[ring.slot()]);
             u32 full = shared_address(&s.k_full[ring.slot()]);
             mbar_expect(full, 2 * BYTES + 32);
-            bulk_load(to, a.k_scale + static_cast<u64>(i0) * 4, 16, full);
-            bulk_load(to + 16, a.k_scale + static_cast<u64>(i1) * 4, 16, full);
+            const float *scales = a.k_scale + (flags & CUT ? 4 : 0);
+            bulk_load(to, scales + static_cast<u64>(i0) * 8, 16, full);
+            bulk_load(to + 16, scales + static_cast<u64>(i1) * 8, 16, full);
             to = shared_address(s.k[ring.slot()][0]);
             bulk_load(to, a.k8 + static_cast<u64>(i0) * BYTES, BYTES, full);
             bulk_load(to + BYTES, a.k8 + static_cast<u64>(i1) * BYTES, BYTES, full);

@@ -40,7 +40,10 @@ struct Args {
     float *q_scale;       // [batch, heads, q_blocks * 128], softmax scale and log2(e) included
     float *q_shift;       // the same shape: what the mean of K adds to each row's scores, log2
     i8 *k8;               // [batch, kv_heads, kv_blocks] images of 64 x d, swizzled
-    float *k_scale;       // [batch, kv_heads, kv_blocks, 4]: the first of four, for 16-byte copies
+    float *k_scale;       // [batch, kv_heads, kv_blocks, 2, 4], of four: the scale, then 64 bits of
+                          // keys whose K or V is not finite (they are stored as 0), nothing.
+                          // First for tiles that every row sees, where the scale is NaN if there is
+                          // such a key, then for tiles that are cut.
     u8 *v8;               // [batch, kv_heads, kv_blocks] images of d x 64, keys permuted, swizzled
     float *partial;       // [batch, kv_heads, chunks, d] sums of K
     float *k_mean;        // [batch, kv_heads, d]

@@ -64,7 +64,7 @@ fn path(dir: &Path, spec: &KernelSpec, arch: &str, compiler: &[i32]) -> PathBuf 
         field(source.text.as_bytes());
     }
     field(spec.name().as_bytes());
-    for option in Compiler::options(arch) {
+    for option in Compiler::options(spec, arch) {
         field(option.as_bytes());
     }
     for number in compiler {

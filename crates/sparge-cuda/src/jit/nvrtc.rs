@@ -28,17 +28,19 @@ pub struct Compiled {
 }
 
 impl Compiler {
-    /// Finds and loads NVRTC: in the environment's directories, else where the loader looks
-    /// (a process that has it loaded already, such as one with PyTorch, included).
+    /// Finds and loads NVRTC: the one that the process has loaded already (as one with PyTorch has),
+    /// else that in the environment's directories, else where the loader looks.
     ///
     /// # Errors
     /// [`Error::NoNvrtc`].
     pub fn load(env: &Environment) -> Result<Self> {
         static LOADING: Mutex<()> = Mutex::new(());
         let _guard = LOADING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for dir in &env.nvrtc_dirs {
-            if load_from(dir) {
-                break;
+        if !is_loaded() {
+            for dir in &env.nvrtc_dirs {
+                if load_from(dir) {
+                    break;
+                }
             }
         }
         // SAFETY: only looks for the library (dlopen of NVIDIA's library, which has no
@@ -59,12 +61,14 @@ impl Compiler {
         self.version
     }
 
-    pub(crate) fn options(arch: &str) -> [String; 4] {
+    pub(crate) fn options(spec: &KernelSpec, arch: &str) -> [String; 5] {
         [
             format!("--gpu-architecture={arch}"),
             "--std=c++17".into(),
             "-default-device".into(),
             "--ptxas-options=-v".into(),
+            // The kernels assert that the host's number is theirs.
+            format!("--define-macro=SPARGE_SHARED_BYTES={}", spec.most_shared_bytes()),
         ]
     }
 
@@ -87,7 +91,7 @@ impl Compiler {
         }
         let pointers = |list: &[CString]| list.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
         let options: Vec<CString> =
-            Self::options(arch).iter().map(|s| text(s)).collect::<Result<_>>()?;
+            Self::options(spec, arch).iter().map(|s| text(s)).collect::<Result<_>>()?;
 
         let mut program = Program(std::ptr::null_mut());
         let (texts, names, options) = (pointers(&texts), pointers(&names), pointers(&options));
@@ -157,6 +161,26 @@ impl Drop for Program {
 
 fn check(result: sys::nvrtcResult) -> std::result::Result<(), String> {
     if result == sys::nvrtcResult::NVRTC_SUCCESS { Ok(()) } else { Err(format!("{result:?}")) }
+}
+
+/// Whether the process has an NVRTC: a second one beside it would compile with the first one's
+/// builtins.
+#[cfg(target_os = "linux")]
+fn is_loaded() -> bool {
+    use libloading::os::unix::{Library, RTLD_NOW};
+    /// As Linux's dlfcn.h has it: nothing is loaded that is not there already.
+    const RTLD_NOLOAD: i32 = 4;
+    ["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"].iter().any(|name| {
+        // SAFETY: loads nothing.
+        let library = unsafe { Library::open(Some(*name), RTLD_NOW | RTLD_NOLOAD) };
+        // It stays loaded: its owner may give it up while kernels are compiled.
+        library.map(std::mem::forget).is_ok()
+    })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_loaded() -> bool {
+    false
 }
 
 /// Loads the libraries of one directory by absolute path, builtins first (NVRTC 13.0 has no

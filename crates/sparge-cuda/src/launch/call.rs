@@ -23,7 +23,6 @@ pub(crate) struct Call {
     pub(crate) allowed_sequence: i64,
     pub(crate) allowed_head: i64,
     pub(crate) mask: u64,
-    pub(crate) both: u64,
     pub(crate) sequences: u64,
     pub(crate) head: u64,
     pub(crate) groups: u64,
@@ -77,9 +76,25 @@ pub(crate) struct Call {
 }
 
 // The size is asserted in call.cuh too.
-const _: () = assert!(size_of::<Call>() == 504);
+const _: () = assert!(size_of::<Call>() == 496);
 const _: () = assert!(offset_of!(Call, mask) == 200);
-const _: () = assert!(offset_of!(Call, n_sequences) == 392);
+const _: () = assert!(offset_of!(Call, n_sequences) == 384);
+
+/// `Masks` of kernels/pool.cu.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Masks {
+    pub(crate) mask: u64,
+    pub(crate) allowed: u64,
+    pub(crate) both: u64,
+    pub(crate) allowed_sequence: i64,
+    pub(crate) allowed_head: i64,
+    pub(crate) heads: i64,
+    pub(crate) head_words: i64,
+    pub(crate) words: i64,
+}
+
+const _: () = assert!(size_of::<Masks>() == 64);
 
 /// Words that one launch of `upload` carries.
 pub(crate) const UPLOAD_WORDS: usize = 1000;

@@ -1,7 +1,7 @@
 //! The general path's verbs: quantize, predict, attend, and the counts.
 #![expect(unsafe_code, reason = "device addresses come from the caller; launches are driver calls")]
 
-use super::call::{UPLOAD_WORDS, Upload};
+use super::call::{Masks, UPLOAD_WORDS, Upload};
 use super::{Call, Strides, enqueue, part};
 use crate::device::Stream;
 use crate::error::{Result, driver};
@@ -190,15 +190,26 @@ impl General {
         mask: Option<u64>,
         at: u64,
     ) -> Result<Option<u64>> {
-        let Some(kernel) = &self.kernels.intersect else { return Ok(mask) };
-        let mut call = self.call(inputs, at);
-        call.mask = mask.unwrap_or(0);
-        call.both = at + self.layout.both as u64;
-        let rows = call.n_sequences as u64 * call.heads as u64 * call.q_blocks as u64;
-        let blocks = (rows * call.mask_words as u64).div_ceil(u64::from(THREADS)).min(4096) as u32;
+        let (Some(kernel), Some(own)) = (&self.kernels.intersect, &inputs.block_mask) else {
+            return Ok(mask);
+        };
+        let both = at + self.layout.both as u64;
+        let head_words = i64::from(self.call.q_blocks) * i64::from(self.call.mask_words);
+        let heads = i64::from(self.call.heads);
+        let mut masks = Masks {
+            mask: mask.unwrap_or(0),
+            allowed: own.address,
+            both,
+            allowed_sequence: own.sequence_stride as i64,
+            allowed_head: own.head_stride as i64,
+            heads,
+            head_words,
+            words: i64::from(self.call.n_sequences) * heads * head_words,
+        };
+        let blocks = (masks.words as u64).div_ceil(u64::from(THREADS)).min(4096) as u32;
         // SAFETY: as in `quantize`; any grid will do.
-        unsafe { enqueue(kernel, [blocks, 1], THREADS, 0, stream, &mut call)? };
-        Ok(Some(call.both))
+        unsafe { enqueue(kernel, [blocks, 1], THREADS, 0, stream, &mut masks)? };
+        Ok(Some(both))
     }
 
     /// Writes the tables, which every other verb reads, to the workspace.

@@ -33,7 +33,12 @@ pub(crate) fn gpu() -> Option<Gpu> {
             let context = CudaContext::new(0).expect("the GPU opened a moment ago");
             Some(Gpu { device, context })
         }
-        Err(error @ (Error::NoDriver | Error::NoNvrtc { .. } | Error::Gpu { .. })) => {
+        Err(
+            error @ (Error::NoDriver
+            | Error::NoDevice { .. }
+            | Error::NoNvrtc { .. }
+            | Error::Gpu { .. }),
+        ) => {
             assert!(std::env::var_os("SPARGE_REQUIRE_GPU").is_none_or(|v| v != "1"), "{error}");
             eprintln!("skipped: {error}");
             None
@@ -54,7 +59,8 @@ pub(crate) enum Lens {
 #[derive(Debug, Clone)]
 pub(crate) enum Element {
     Bool(Dims, Vec<bool>),
-    Bias(Dims, Vec<f32>),
+    /// Numbers that the type holds.
+    Bias(Dims, Vec<f32>, DType),
 }
 
 /// A call.
@@ -197,7 +203,7 @@ impl Problem {
                 let view = TensorView::contiguous(data, dims, layout).expect("it fits");
                 sparge::ElementMask::Bool(view)
             }
-            Element::Bias(dims, data) => {
+            Element::Bias(dims, data, _) => {
                 let (dims, layout) = contiguous(*dims);
                 let view = TensorView::contiguous(data, dims, layout).expect("it fits");
                 sparge::ElementMask::Additive(view)
@@ -217,8 +223,8 @@ impl Problem {
             Element::Bool(dims, _) => {
                 ElementMask { kind: MaskKind::Bool, per_head: dims.heads > 1 }
             }
-            Element::Bias(dims, _) => {
-                ElementMask { kind: MaskKind::Additive(DType::F32), per_head: dims.heads > 1 }
+            Element::Bias(dims, _, dtype) => {
+                ElementMask { kind: MaskKind::Additive(*dtype), per_head: dims.heads > 1 }
             }
         });
         let cuda = CudaOptions { element_mask, block_mask: self.block_mask.is_some(), ..self.cuda };
@@ -294,7 +300,7 @@ impl Buffers {
                 Element::Bool(dims, data) => {
                     (*dims, data.iter().map(|&x| u8::from(x)).collect::<Vec<u8>>())
                 }
-                Element::Bias(dims, data) => (*dims, to_bytes(data, DType::F32)),
+                Element::Bias(dims, data, dtype) => (*dims, to_bytes(data, *dtype)),
             };
             tensors.push(up(&bytes));
             let mut strides = Strides::contiguous(dims, Layout::Hnd);
