@@ -222,6 +222,12 @@ fn check(
     if !matches!(options.lengths, Lengths::Full) {
         return unsupported("a ragged batch".into(), "call once per sequence");
     }
+    if config.keep_local > 0 && options.causal.is_some() {
+        return unsupported(
+            "keep_local".into(),
+            "set it to 0, or pass a block mask with the local blocks to Attention::attend",
+        );
+    }
     if config.theta.values().iter().any(|&theta| theta > 0.0) {
         return unsupported(
             "the self-similarity judge (theta)".into(),
