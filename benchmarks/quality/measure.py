@@ -55,10 +55,18 @@ TABLES: dict[str, list[list[str]]] = {
              "minference:v=30,s=200", "flexprefill:0.95,min=128", "flexprefill:0.9,min=128",
              "xattention:0.95", "xattention:0.9", "window:1024", "window:512", "random:0.6"]),
     ],
+    # Blocks before the diagonal that are always kept.
+    "local": [
+        ppl(["dense", "cdf:0.95", "cdf:0.95,local=2", "cdf:0.95,local=4", "cdf:0.95,local=8",
+             "cdf:0.9,local=4", "cdf:0.9,local=8", "cdf:0.8,local=8", "cdf:0.8,local=12",
+             "cdf:0.9,pool=block,lambda=inf,local=8"]),
+        ppl(["cdf:0.95,local=8", "cdf:0.9,local=8"], "8000"),
+    ],
     # The same with every head's own settings, made by `sparge tune` on Emma; and on another text.
     "tuned": [ppl(["dense", "default"], "4096", "--calibration", "{calibration}")],
     "wikitext": [
-        ppl(["dense", "default", "cdf:0.95", "minference:v=30,s=200", "xattention:0.95"], "4096",
+        ppl(["dense", "default", "cdf:0.95", "cdf:0.95,local=8", "cdf:0.9,local=8",
+             "minference:v=30,s=200", "xattention:0.95", "window:1024"], "4096",
             "--prompt-file", "{wikitext}", "--calibration", "{calibration}"),
     ],
     # Table 7, with what "perplexity" has at 4096.

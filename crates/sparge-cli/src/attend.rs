@@ -51,11 +51,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "L", requires = "calibration", default_value_t = 0)]
     layer: usize,
     /// Exact attention over everything the masks allow
-    #[arg(long, conflicts_with_all = ["topk", "cdf", "target_l1", "theta", "lambda", "pooling", "keep_first", "qk", "calibration"])]
+    #[arg(long, conflicts_with_all = ["topk", "cdf", "target_l1", "theta", "lambda", "pooling", "keep_first", "keep_local", "qk", "calibration"])]
     dense: bool,
     /// Choose the blocks by a named policy instead, see `sparge eval --help`
     #[arg(long, value_name = "POLICY", value_parser = Policy::from_str,
-          conflicts_with_all = ["dense", "reference", "topk", "cdf", "target_l1", "theta", "lambda", "pooling", "keep_first", "qk"])]
+          conflicts_with_all = ["dense", "reference", "topk", "cdf", "target_l1", "theta", "lambda", "pooling", "keep_first", "keep_local", "qk"])]
     policy: Option<Policy>,
     /// Compute with the plain f64 reference (slow; o and lse are then F64)
     #[arg(long, conflicts_with = "qk")]

@@ -20,7 +20,7 @@ pub(crate) struct CalibrationArgs {
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with_all = ["topk", "cdf", "target_l1", "theta", "lambda", "pooling", "keep_first", "qk"]
+        conflicts_with_all = ["topk", "cdf", "target_l1", "theta", "lambda", "pooling", "keep_first", "keep_local", "qk"]
     )]
     calibration: Option<PathBuf>,
 }

@@ -146,6 +146,9 @@ pub(crate) struct SelectionArgs {
     /// Blocks of 64 keys at the start that are always kept [default: 1]
     #[arg(long, value_name = "N")]
     pub(crate) keep_first: Option<usize>,
+    /// Blocks of 64 keys before the diagonal that are always kept, where causal [default: 0]
+    #[arg(long, value_name = "N")]
+    pub(crate) keep_local: Option<usize>,
     /// Arithmetic of Q·Kᵀ [default: f32]
     #[arg(long, value_enum, value_name = "TYPE")]
     pub(crate) qk: Option<QkArg>,
@@ -154,11 +157,13 @@ pub(crate) struct SelectionArgs {
 impl SelectionArgs {
     /// Whether no flag was given.
     pub(crate) fn is_empty(&self) -> bool {
-        let Self { topk, cdf, target_l1, theta, lambda, pooling, keep_first, qk } = self;
+        let Self { topk, cdf, target_l1, theta, lambda, pooling, keep_first, keep_local, qk } =
+            self;
         [topk, cdf, theta, lambda].into_iter().all(Vec::is_empty)
             && target_l1.is_none()
             && pooling.is_none()
             && keep_first.is_none()
+            && keep_local.is_none()
             && qk.is_none()
     }
 
@@ -180,6 +185,7 @@ impl SelectionArgs {
         }
         config.pooling = self.pooling.unwrap_or(config.pooling);
         config.keep_first = self.keep_first.unwrap_or(config.keep_first);
+        config.keep_local = self.keep_local.unwrap_or(config.keep_local);
         config.qk = match self.qk {
             None => config.qk,
             Some(QkArg::F32) => QkPrecision::F32,

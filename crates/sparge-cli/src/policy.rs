@@ -1,7 +1,7 @@
 //! Sparsity policies by name, for runs, benchmarks and evaluations.
 //!
 //! `dense`, `default`, `topk:0.5`, `cdf:0.95`, `cdf:0.9+topk:0.1`, or one of [`Method`]'s names; then
-//! settings, each after a comma: `pool=`, `theta=`, `lambda=`, `first=` for the former,
+//! settings, each after a comma: `pool=`, `theta=`, `lambda=`, `first=`, `local=` for the former,
 //! the method's own and `lambda=` for the latter.
 
 use crate::flags;
@@ -14,7 +14,7 @@ use std::str::FromStr;
 
 /// What `--policy` accepts, for help texts.
 pub(crate) const EXPECTED: &str = "expected dense, default, topk:F, cdf:T or cdf:T+topk:F (each \
-    with any of ,pool=P ,theta=T ,lambda=L ,first=N), window:N, random:F, minference:v=N,s=N, \
+    with any of ,pool=P ,theta=T ,lambda=L ,first=N ,local=N), window:N, random:F, minference:v=N,s=N, \
     a-shape:init=N,local=N, block-sparse:N, flexprefill:G[,tau=T,min=N] or \
     xattention:T[,stride=N] (each also with ,lambda=L); shares are above 0 and at most 1";
 
@@ -26,6 +26,7 @@ pub(crate) struct Policy {
     theta: Option<f64>,
     lambda: Option<f64>,
     keep_first: Option<usize>,
+    keep_local: Option<usize>,
 }
 
 /// How the blocks are chosen.
@@ -42,7 +43,14 @@ impl Policy {
     pub(crate) const DENSE: Self = Self::of(Choice::Select(Selection::All));
 
     const fn of(choice: Choice) -> Self {
-        Self { choice, pooling: None, theta: None, lambda: None, keep_first: None }
+        Self {
+            choice,
+            pooling: None,
+            theta: None,
+            lambda: None,
+            keep_first: None,
+            keep_local: None,
+        }
     }
 
     /// The operator's configuration. Dense attention and the methods have no stage 2 unless asked.
@@ -56,6 +64,7 @@ impl Policy {
         config.isa = isa;
         config.pooling = self.pooling.unwrap_or(config.pooling);
         config.keep_first = self.keep_first.unwrap_or(config.keep_first);
+        config.keep_local = self.keep_local.unwrap_or(config.keep_local);
         if let Some(theta) = self.theta {
             config.theta = theta.into();
         }
@@ -103,7 +112,9 @@ impl fmt::Display for Policy {
         for (name, value) in [("theta", self.theta), ("lambda", self.lambda)] {
             text += &value.map_or(String::new(), |value| format!(",{name}={value}"));
         }
-        text += &self.keep_first.map_or(String::new(), |n| format!(",first={n}"));
+        for (name, value) in [("first", self.keep_first), ("local", self.keep_local)] {
+            text += &value.map_or(String::new(), |value| format!(",{name}={value}"));
+        }
         f.pad(&text)
     }
 }
@@ -135,6 +146,9 @@ impl FromStr for Policy {
                 }
                 Some(("first", value)) => {
                     policy.keep_first = Some(value.parse().map_err(|_| no())?);
+                }
+                Some(("local", value)) => {
+                    policy.keep_local = Some(value.parse().map_err(|_| no())?);
                 }
                 _ => return Err(no()),
             }
@@ -220,7 +234,7 @@ mod tests {
             "cdf:0.95",
             "cdf:0.9+topk:0.1",
             "dense,lambda=5",
-            "cdf:0.95,pool=16x16+var,theta=0.3,lambda=inf,first=2",
+            "cdf:0.95,pool=16x16+var,theta=0.3,lambda=inf,first=2,local=8",
             "cdf:0.95,pool=16x16+var+2rows",
             "minference:v=1000,s=6096",
             "flexprefill:0.9,tau=0.1,min=128,lambda=6",

@@ -59,7 +59,7 @@ fn make(call: Call) -> Result<Handle, Box<dyn std::error::Error>> {
     let config = SpargeConfig {
         selection: selection[call.selection as usize].into(),
         pooling: [Pooling::SUB_BLOCK, Pooling::BLOCK][call.pooling as usize],
-        ..Default::default()
+        ..sparge_cuda::default_config()
     };
     let dtype = [DType::F16, DType::Bf16][call.dtype as usize];
     let attention = Attention::new(&device, shape, dtype, &options, &config)?;

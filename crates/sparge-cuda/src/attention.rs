@@ -91,6 +91,12 @@ impl Attention {
         let general = General::new(&plan, dtype, options, config, cuda)?;
         // The fast path attends under one mask: the caller's, too, goes through the selection.
         let predicts = general.selects() || (is_fast && cuda.block_mask);
+        if general.selects() && config.keep_local > 0 && options.causal.is_some() {
+            return unsupported(
+                "keep_local",
+                "set it to 0, or bring the local blocks in a mask to Attention::attend",
+            );
+        }
         if general.selects() && config.pooling.sampled_rows > 0 {
             return unsupported(
                 "scoring sampled queries (pooling.sampled_rows, part of the CPU's default)",

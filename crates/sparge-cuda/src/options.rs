@@ -49,3 +49,14 @@ pub struct CudaOptions {
     /// Whether calls bring `Inputs::block_mask`. Default no.
     pub block_mask: bool,
 }
+
+/// `SpargeConfig::default()` without the sampled queries that the CPU's prediction adds: what the
+/// GPU predicts with unless told otherwise.
+///
+/// ```
+/// assert_eq!(sparge_cuda::default_config().pooling, sparge::Pooling::SECOND_ORDER);
+/// ```
+#[must_use]
+pub fn default_config() -> sparge::SpargeConfig {
+    sparge::SpargeConfig { pooling: sparge::Pooling::SECOND_ORDER, ..Default::default() }
+}

@@ -294,7 +294,7 @@ fn sparse_calls_match_the_cpu_selection_and_the_reference() {
                 selection: selection.into(),
                 pooling,
                 lambda: f64::INFINITY.into(),
-                ..Default::default()
+                ..sparge_cuda::default_config()
             };
             let what = format!("{case:?} {selection:?} {pooling:?}");
             let plan = Plan::new(host.shape, &host.options(), &config).expect("valid");

@@ -172,7 +172,7 @@ fn sparse_calls_match_the_reference() {
                 pooling,
                 theta: theta.into(),
                 lambda: f64::INFINITY.into(),
-                ..Default::default()
+                ..sparge_cuda::default_config()
             };
             p.cuda = if (i + n) % 3 == 0 { QUANTIZED } else { HALF };
             let ran = p.run(&gpu);
@@ -226,7 +226,7 @@ fn heads_have_their_own_settings_and_statistics() {
         ]),
         theta: sparge::PerHead::Heads(vec![0.0, 0.0, 0.4, 0.0]),
         lambda: sparge::PerHead::Heads(vec![6.0, 2.0, f64::INFINITY, 3.0]),
-        ..Default::default()
+        ..sparge_cuda::default_config()
     };
     p.cuda = HALF;
     let ran = p.run(&gpu);
@@ -282,7 +282,7 @@ fn causal_rows_do_not_see_the_future() {
     let mut p = Problem::new("causal", [1, 2, 1, len, len, dim, dim], DType::Bf16);
     (p.causal, p.cuda) = (Some(Alignment::TopLeft), HALF);
     for (config, until) in
-        [(SpargeConfig::dense(), from), (SpargeConfig::default(), from / 128 * 128)]
+        [(SpargeConfig::dense(), from), (sparge_cuda::default_config(), from / 128 * 128)]
     {
         p.config = config;
         let a = p.run(&gpu);

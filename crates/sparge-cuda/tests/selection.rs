@@ -48,7 +48,7 @@ fn settings(selection: Selection, pooling: Pooling, theta: f64) -> SpargeConfig 
         pooling,
         theta: theta.into(),
         lambda: f64::INFINITY.into(),
-        ..Default::default()
+        ..sparge_cuda::default_config()
     }
 }
 
@@ -100,7 +100,7 @@ fn pooled_keys_finer_than_a_tile_are_all_written() {
     let Some(gpu) = gpu() else { return };
     let mut failures = Vec::new();
     for kv_rows in [1, 2, 4] {
-        let pooling = Pooling { q_rows: 128, kv_rows, second_order: false };
+        let pooling = Pooling { q_rows: 128, kv_rows, second_order: false, sampled_rows: 0 };
         for (what, window, sink_blocks, causal) in [
             ("ragged", None, 0, None),
             ("window left", Some(Window { left: Some(100), right: None }), 0, None),
@@ -124,7 +124,7 @@ fn the_judge_decides() {
     let Some(gpu) = gpu() else { return };
     let mut failures = Vec::new();
     for (kv_rows, q_rows) in [(64, 128), (16, 16), (4, 128), (1, 32)] {
-        let pooling = Pooling { q_rows, kv_rows, second_order: kv_rows == 16 };
+        let pooling = Pooling { q_rows, kv_rows, second_order: kv_rows == 16, sampled_rows: 0 };
         let mut kept = Vec::new();
         for theta in [0.0, 0.6] {
             for causal in [None, Some(Alignment::TopLeft)] {
@@ -172,7 +172,10 @@ fn masks_of_all_kinds_go_together() {
             mask.set(0, at / 77, at / 11 % 7, at % 11);
         }
         p.block_mask = Some(mask);
-        for pooling in [Pooling::BLOCK, Pooling { q_rows: 16, kv_rows: 4, second_order: false }] {
+        for pooling in [
+            Pooling::BLOCK,
+            Pooling { q_rows: 16, kv_rows: 4, second_order: false, sampled_rows: 0 },
+        ] {
             p.config = settings(Selection::TopCdf(0.6), pooling, 0.0);
             let ran = p.run(&gpu);
             check(&p, &ran, &mut failures);

@@ -24,6 +24,7 @@ pub struct Plan<'a> {
     pub(crate) softmax_scale: f64,
     pub(crate) pooling: Pooling,
     pub(crate) keep_first: usize,
+    pub(crate) keep_local: usize,
     pub(crate) block_mask: Option<&'a BlockMask>,
     pub(crate) element_mask: Option<ElementMask<'a>>,
     pub(crate) qk: QkPrecision,
@@ -93,6 +94,7 @@ impl<'a> Plan<'a> {
             softmax_scale,
             pooling: pooling(config.pooling)?,
             keep_first: config.keep_first.max(options.sink_blocks),
+            keep_local: config.keep_local,
             block_mask: options.block_mask,
             element_mask: options.element_mask,
             qk: config.qk,
@@ -264,8 +266,9 @@ impl<'a> Plan<'a> {
         let visibility = &self.visibility[at.sequence];
         let keys = self.sequences[at.sequence].kv_block(kv_block);
         let diagonal = visibility.diagonal(rows);
+        let local = diagonal.start.saturating_sub(self.keep_local.saturating_mul(BLOCK_KV));
         kv_block < self.keep_first
-            || (keys.start < diagonal.end && diagonal.start < keys.end)
+            || (keys.start < diagonal.end && local < keys.end)
             || self.is_frontier(at, rows, kv_block)
     }
 

@@ -94,6 +94,35 @@ fn selection_finds_the_blocks_that_matter() {
 }
 
 #[test]
+fn local_blocks_are_kept_and_count() {
+    let (len, dim) = (2048, 16);
+    let q = sparge::testing::structured(1, 1, len, dim);
+    let k = sparge::testing::structured(2, 1, len, dim);
+    let (q, k) = (view(&q, 1, len, dim), view(&k, 1, len, dim));
+    let row = |causal, keep_local, q_block| {
+        let config = SpargeConfig {
+            selection: Selection::TopK(0.3).into(),
+            keep_local,
+            ..SpargeConfig::default()
+        };
+        let options = AttentionOptions { causal, return_mask: true, ..Default::default() };
+        let mask = attention(&q, &k, &k, &options, &config).unwrap().block_mask.unwrap();
+        mask.row(0, 0, q_block).collect::<Vec<_>>()
+    };
+    let causal = Some(Alignment::TopLeft);
+    for keep_local in [0, 1, 5] {
+        let kept = row(causal, keep_local, 12);
+        // The first, the diagonal's two and those before them, within the budget of ⌈0.3·26⌉.
+        assert!((24 - keep_local..26).chain([0]).all(|j| kept.contains(&j)), "{kept:?}");
+        assert_eq!(kept.len(), 8);
+    }
+    assert!(!(19..24).all(|j| row(causal, 0, 12).contains(&j)), "they are kept anyway");
+    // More than there are is all; without a diagonal it means nothing.
+    assert_eq!(row(causal, usize::MAX, 12), (0..26).collect::<Vec<_>>());
+    assert_eq!(row(None, 5, 12), row(None, 0, 12));
+}
+
+#[test]
 fn stage_two_skips_what_the_reference_skips() {
     // After the first key block every score is 18 below the maximum: P·V is skipped from there on.
     let (len, dim) = (256, 4);

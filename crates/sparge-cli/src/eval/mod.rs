@@ -16,7 +16,8 @@ use clap::Subcommand;
 /// A policy is one of: dense; default; topk:F (that share of each row's blocks); cdf:T (blocks until
 /// their predicted mass reaches T); cdf:T+topk:F (the union), each followed by any of ,pool=block or
 /// QxK or QxK+var (granularity of the prediction) ,theta=T (the judge) ,lambda=L (stage 2; inf turns
-/// it off) ,first=N (blocks always kept). Or a method the paper compares with, its authors' defaults
+/// it off) ,first=N and ,local=N (blocks
+/// always kept at the start and before the diagonal). Or a method the paper compares with, its authors' defaults
 /// where nothing is given: minference:v=1000,s=6096; a-shape:init=1024,local=4096; block-sparse:100;
 /// flexprefill:0.95,tau=0.1,min=1024; xattention:0.9,stride=8; window:1024,sinks=4 (tokens);
 /// random:0.5,seed=0 (the control), each also with ,lambda=L. These have no stage 2 unless asked, and

@@ -32,7 +32,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// Instead of tensors: a file that sparge tune wrote
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "model", "topk", "cdf", "target_l1", "theta", "lambda", "pooling", "keep_first", "qk", "causal", "window", "head"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "model", "topk", "cdf", "target_l1", "theta", "lambda", "pooling", "keep_first", "keep_local", "qk", "causal", "window", "head"])]
     calibration: Option<PathBuf>,
     /// Which .gguf file of a Hugging Face id
     #[arg(long, value_name = "FILE", requires = "model")]

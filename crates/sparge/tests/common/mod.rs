@@ -164,6 +164,7 @@ impl Case {
             pooling: self.pooling,
             isa: self.isa,
             qk: self.qk,
+            keep_local: (self.seed % 3) as usize,
             ..SpargeConfig::default()
         }
     }
