@@ -1,0 +1,157 @@
+"""The knobs, and their text form that travels through operators and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Union
+
+from . import _sparge
+from ._sparge import SpargeError
+
+PerHead = Union[float, Sequence[float], None]
+
+POOLINGS = {"block": "128x64", "sub_block": "16x16", "second_order": "16x16+2"}
+POLICIES = ("auto", "dense", "paper")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What may be skipped. ``None`` is the default everywhere.
+
+    * ``topk``: share of the reachable key blocks each query block attends, in (0, 1].
+    * ``cdf``: the paper's τ: blocks of descending predicted mass until it is reached, in (0, 1].
+      With ``topk`` as well, their union. With neither: 0.99 from 1024 keys on, exact below.
+    * ``theta``: the judge θ in [0, 1): blocks that are not self-similar are kept. 0: off.
+    * ``pv_gap``: λ of stage 2, natural-log units, above 0 (``inf``: off). Default 6.
+    * ``pooling``: ``"second_order"`` (default on the CPU), ``"sub_block"``, ``"block"`` (the
+      paper's), or ``"QxK"``, rows per mean.
+    * ``keep_first``: key blocks at the start that are always kept. Default 1.
+    * ``qk``: ``"f32"`` or ``"int8"``, CPU only.
+    * ``isa``: ``"scalar"``, ``"avx2"``, ``"avx512"``; default the best there is. CPU only.
+    * ``policy``: ``"auto"``; ``"dense"``: exact, nothing is skipped; ``"paper"``: the paper's block
+      pooling and no stage 2 (the masks of the authors' code, their bugs aside).
+
+    ``topk``, ``cdf``, ``theta`` and ``pv_gap`` take one value, or one per query head.
+    """
+
+    topk: PerHead = None
+    cdf: PerHead = None
+    theta: PerHead = None
+    pv_gap: PerHead = None
+    pooling: Optional[str] = None
+    keep_first: Optional[int] = None
+    qk: Optional[str] = None
+    isa: Optional[str] = None
+    policy: Optional[str] = None
+
+    def override(self, **knobs: Any) -> "Config":
+        """A copy with those of ``knobs`` that are not None."""
+        given = {name: value for name, value in knobs.items() if value is not None}
+        return replace(self, **given) if given else self
+
+    def is_default(self) -> bool:
+        """Whether nothing was asked for, so that short sequences may run dense elsewhere."""
+        return self in (_DEFAULT, _AUTO)
+
+    def text(self) -> str:
+        """The words of ``sparge._sparge.Settings``."""
+        policy = self.policy or "auto"
+        if policy not in POLICIES:
+            raise SpargeError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")
+        words = []
+        if policy == "dense":
+            asked = [n for n in ("topk", "cdf", "theta", "pv_gap") if getattr(self, n) is not None]
+            if asked:
+                raise SpargeError(
+                    f"policy='dense' cannot be combined with {', '.join(asked)}: drop one of them"
+                )
+            words += ["select=all", "pv_gap=inf"]
+        words += [
+            f"{name}={_values(name, getattr(self, name))}"
+            for name in ("topk", "cdf", "theta", "pv_gap")
+            if getattr(self, name) is not None
+        ]
+        pooling = self.pooling
+        if policy == "paper":
+            pooling = pooling or "block"
+            if self.pv_gap is None:
+                words.append("pv_gap=inf")
+        if pooling is not None:
+            words.append(f"pooling={POOLINGS.get(pooling, pooling)}")
+        if self.keep_first is not None:
+            words.append(f"keep_first={int(self.keep_first)}")
+        if self.qk is not None:
+            words.append(f"qk={self.qk}")
+        if self.isa is not None:
+            words.append(f"isa={self.isa}")
+        return " ".join(words)
+
+
+_DEFAULT = Config()
+_AUTO = Config(policy="auto")
+
+
+def _values(name: str, value: Any) -> str:
+    """One float, or one per head, exactly (repr round-trips)."""
+    if isinstance(value, (int, float)):
+        return repr(float(value))
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+        if isinstance(value, float):
+            return repr(value)
+    try:
+        return ",".join(repr(float(x)) for x in value)
+    except TypeError:
+        raise TypeError(
+            f"{name} is {type(value).__name__}, expected a float or one float per query head"
+        ) from None
+
+
+def settings_text(
+    config: Config,
+    *,
+    layout: str = "HND",
+    scale: Optional[float] = None,
+    causal: Optional[str] = None,
+    window: Optional[tuple[Optional[int], Optional[int]]] = None,
+    sink_blocks: int = 0,
+    keep_keys: Optional[Sequence[tuple[int, int]]] = None,
+) -> str:
+    """All settings of a call. The layout comes first: operators look for it."""
+    words = ["layout=" + layout]
+    if causal is not None:
+        words.append("causal=" + causal)
+    if scale is not None:
+        words.append(f"scale={float(scale)!r}")
+    if window is not None:
+        try:
+            left, right = window
+        except (TypeError, ValueError):
+            raise SpargeError(
+                f"window is {window!r}, expected (left, right) with None for unbounded"
+            ) from None
+        words.append(f"window={_side(left)},{_side(right)}")
+    if sink_blocks:
+        words.append(f"sink_blocks={int(sink_blocks)}")
+    if keep_keys:
+        words.append("keep_keys=" + ",".join(f"{int(a)}:{int(b)}" for a, b in keep_keys))
+    text = config.text()
+    return " ".join(words) + (" " + text if text else "")
+
+
+def _side(value: Optional[int]) -> str:
+    return "-" if value is None or value < 0 else str(int(value))
+
+
+_parsed: dict[str, "_sparge.Settings"] = {}
+
+
+def parsed(text: str) -> "_sparge.Settings":
+    """The parsed settings, kept: a model uses a handful of texts, thousands of times each."""
+    settings = _parsed.get(text)
+    if settings is None:
+        if len(_parsed) > 4096:
+            _parsed.clear()
+        settings = _parsed[text] = _sparge.Settings(text)
+    return settings

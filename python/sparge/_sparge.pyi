@@ -1,0 +1,54 @@
+from typing import Any, Optional, TypedDict, final
+
+_Four = tuple[int, int, int, int]
+_Raw = tuple[int, _Four, _Four]
+
+class SpargeError(ValueError): ...
+
+class _Extra(TypedDict):
+    bool_mask: Optional[_Raw]
+    bias: Optional[_Raw]
+    block_mask: Optional[_Raw]
+    kv_lens: Optional[list[int]]
+    lse: int
+    mask_out: int
+    counts: int
+
+@final
+class Settings:
+    def __new__(cls, text: str) -> Settings: ...
+
+@final
+class Array:
+    @staticmethod
+    def take(array: Any) -> Array: ...
+    @staticmethod
+    def zeros(shape: list[int], dtype: str) -> Array: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(self, **options: Any) -> Any: ...
+
+def attend(
+    settings: Settings,
+    dtype: str,
+    threads: int,
+    q: _Raw,
+    k: _Raw,
+    v: _Raw,
+    out: int,
+    extra: Optional[_Extra] = None,
+) -> tuple[float, float]: ...
+def predict(
+    settings: Settings, dtype: str, threads: int, q: _Raw, k: _Raw, extra: _Extra
+) -> None: ...
+def quantize(
+    dtype: str, layout: str, threads: int, k: _Raw, out: tuple[int, int, int]
+) -> None: ...
+def info() -> dict[str, Any]: ...

@@ -1,0 +1,18 @@
+//! Errors of the Rust crates as Python exceptions.
+
+use pyo3::PyErr;
+use pyo3::create_exception;
+use pyo3::exceptions::PyValueError;
+
+create_exception!(
+    sparge,
+    SpargeError,
+    PyValueError,
+    "A call that cannot be served as asked. The message says what was wrong, what was expected and \
+     what to do."
+);
+
+/// What the operator refuses.
+pub(crate) fn refused(error: sparge::Error) -> PyErr {
+    SpargeError::new_err(error.to_string())
+}
