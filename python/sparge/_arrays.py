@@ -185,7 +185,7 @@ class _Call:
             self.extra["kv_lens"] = lengths
         self.settings = parsed(
             settings_text(
-                config,
+                config.at(self.kv_len),
                 layout=options.layout,
                 scale=options.scale,
                 causal=options.causal,

@@ -32,6 +32,8 @@ class Config:
     * ``policy``: ``"auto"``; ``"dense"``: exact, nothing is skipped; ``"paper"``: the paper's block
       pooling and no stage 2 (the masks of the authors' code, their bugs aside).
 
+    * ``min_kv_len``: calls with fewer keys run dense. Default: never, for knobs that are set.
+
     ``topk``, ``cdf``, ``theta`` and ``pv_gap`` take one value, or one per query head.
     """
 
@@ -44,6 +46,7 @@ class Config:
     qk: Optional[str] = None
     isa: Optional[str] = None
     policy: Optional[str] = None
+    min_kv_len: Optional[int] = None
 
     def override(self, **knobs: Any) -> "Config":
         """A copy with those of ``knobs`` that are not None."""
@@ -53,6 +56,10 @@ class Config:
     def is_default(self) -> bool:
         """Whether nothing was asked for, so that short sequences may run dense elsewhere."""
         return self in (_DEFAULT, _AUTO)
+
+    def at(self, kv_len: int) -> "Config":
+        """These settings for a call with ``kv_len`` keys."""
+        return DENSE if self.min_kv_len is not None and kv_len < self.min_kv_len else self
 
     def text(self) -> str:
         """The words of ``sparge._sparge.Settings``."""
@@ -88,6 +95,7 @@ class Config:
         return " ".join(words)
 
 
+DENSE = Config(policy="dense")
 _DEFAULT = Config()
 _AUTO = Config(policy="auto")
 

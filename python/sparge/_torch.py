@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _ops
-from ._config import Config, settings_text
+from ._config import DENSE, Config, settings_text
 from ._mask import BlockMask
 from ._sparge import SpargeError
 from ._types import Quantized, Stats
@@ -31,6 +31,7 @@ _warned: set[str] = set()
 
 
 def _settings(
+    kv_len: int,
     config: Optional[Config],
     topk: Any,
     cdf: Any,
@@ -43,18 +44,22 @@ def _settings(
     window: Window,
     keep_keys: Any,
 ) -> tuple[str, bool]:
-    """The settings' text, and whether the call leaves the choice of blocks to the default."""
+    """The settings' text, and whether short calls may run as SDPA."""
     config = (config or Config()).override(
         topk=topk, cdf=cdf, theta=theta, pv_gap=pv_gap, policy=policy
     )
+    config = config.at(kv_len)
     text = settings_text(
         config, layout=layout, scale=scale, causal=causal, window=window, keep_keys=keep_keys
     )
-    return text, config.is_default()
+    return text, config.is_default() or config is DENSE
 
 
-def _kept_settings(*knobs: Any) -> tuple[str, bool]:
+def _kept_settings(config: Optional[Config], kv_len: int, *knobs: Any) -> tuple[str, bool]:
     """`_settings`, remembered: building the text costs more than the rest of a call."""
+    if config is None or config.min_kv_len is None:
+        kv_len = 0  # the length changes nothing
+    knobs = (kv_len, config, *knobs)
     if torch.compiler.is_compiling():
         return _settings(*knobs)
     try:
@@ -104,8 +109,9 @@ def attention(
             config, fallback,
         )  # fmt: skip
         return _without_heads(one, layout, return_lse)
+    kv_len = key.shape[2 if layout == "HND" else 1]
     text, is_default = _kept_settings(
-        config, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys
+        config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys
     )
     try:
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
@@ -346,12 +352,12 @@ def predict(
     key_lengths: Any,
 ) -> BlockMask:
     """`sparge.predict` on torch tensors."""
-    text, _ = _settings(
-        (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
-        causal, window, None,
-    )  # fmt: skip
     tokens = 2 if layout == "HND" else 1
     q_len, kv_len = query.shape[tokens], key.shape[tokens]
+    text, _ = _settings(
+        kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
+        causal, window, None,
+    )  # fmt: skip
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)
     lens = None if key_lengths is None else _lengths(key_lengths, query)
     return BlockMask(_ops.predict(query, key, mask, None, lens, text), q_len, kv_len)
