@@ -222,4 +222,4 @@ def _merged(config: Optional[Config], calibration: Any) -> Config:
         )
     if config is None:
         return calibration
-    return calibration.override(**vars(config))
+    return calibration.override(**config.given())

@@ -48,10 +48,18 @@ class Config:
     policy: Optional[str] = None
     min_kv_len: Optional[int] = None
 
+    def __post_init__(self) -> None:
+        # Made once: compiled graphs then read a constant, whatever they think of floats.
+        object.__setattr__(self, "_text", self._build())
+
     def override(self, **knobs: Any) -> "Config":
         """A copy with those of ``knobs`` that are not None."""
         given = {name: value for name, value in knobs.items() if value is not None}
         return replace(self, **given) if given else self
+
+    def given(self) -> "dict[str, Any]":
+        """The fields that are not None."""
+        return {name: x for name in self.__dataclass_fields__ if (x := getattr(self, name)) is not None}
 
     def is_default(self) -> bool:
         """Whether nothing was asked for, so that short sequences may run dense elsewhere."""
@@ -63,6 +71,10 @@ class Config:
 
     def text(self) -> str:
         """The words of ``sparge._sparge.Settings``."""
+        text: str = self._text  # type: ignore[attr-defined]
+        return text
+
+    def _build(self) -> str:
         policy = self.policy or "auto"
         if policy not in POLICIES:
             raise SpargeError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")

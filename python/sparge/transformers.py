@@ -55,7 +55,7 @@ class Schedule:
             return DENSE
         if self.calibration is None:
             return self.config
-        return self.calibration.layer(index).override(**vars(self.config))
+        return self.calibration.layer(index).override(**self.config.given())
 
 
 _schedules: "weakref.WeakKeyDictionary[Any, Schedule]" = weakref.WeakKeyDictionary()
