@@ -1,0 +1,199 @@
+"""Switching a pipeline over, and back exactly."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any, Optional, Union
+
+import torch
+
+from .._calibration import Calibration, load_calibration
+from .._config import DENSE, Config
+from .._sparge import SpargeError
+from . import _backend, _processors
+from ._models import Model, attention_modules, model_of
+
+
+class Layer:
+    """What one attention module needs to know during a forward pass."""
+
+    def __init__(self, handle: "Enabled", index: int, model: Model) -> None:
+        self.handle = handle
+        self.index = index
+        self.model = model
+
+    def config(self) -> Optional[Config]:
+        """The settings now; None while this layer or step is dense."""
+        return self.handle.config_of(self.index)
+
+    def text_len(self) -> int:
+        """Text tokens of the joint sequence in the running forward pass."""
+        return self.handle.text_len
+
+
+class Enabled:
+    """A pipeline or transformer that runs sparse, until :meth:`disable`."""
+
+    def __init__(
+        self,
+        config: Config,
+        dense_steps: int,
+        dense_layers: frozenset[int],
+        calibration: Optional[Calibration],
+    ) -> None:
+        #: Denoising steps done since the schedule began. Counted where there is a scheduler;
+        #: set it yourself otherwise.
+        self.step = 0
+        self.text_len = 0
+        self._config = config
+        self._dense_steps = dense_steps
+        self._dense_layers = dense_layers
+        self._calibration = calibration
+        self._undo: list[Any] = []
+        self._settings: dict[int, Config] = {}
+
+    def config_of(self, layer: int) -> Optional[Config]:
+        """The settings of a layer at the current step; None where it is dense."""
+        if self.step < self._dense_steps or layer in self._dense_layers:
+            return None
+        if self._calibration is None:
+            return self._config
+        found = self._settings.get(layer)
+        if found is None:
+            found = self._calibration.layer(layer).override(**self._config.given())
+            self._settings[layer] = found
+        return found
+
+    def disable(self) -> None:
+        """Restores everything that `enable` changed."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Enabled":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.disable()
+
+    def _attach(self, transformer: torch.nn.Module) -> None:
+        model = model_of(transformer)
+        modules = list(attention_modules(transformer, model))
+        if not modules:
+            raise SpargeError(f"{type(transformer).__name__} has no attention layers")
+        for _, module in modules:
+            _processors.check(module, model)
+        self._watch_text(transformer)
+        for index, module in modules:
+            layer = Layer(self, index, model)
+            if model.processor is not None:
+                self._replace(module, _processors.of(model.processor, layer))
+            else:
+                self._dispatch(module, layer)
+
+    def _replace(self, module: Any, processor: Any) -> None:
+        before = module.processor
+        module.set_processor(processor)
+        self._undo.append(lambda: module.set_processor(before))
+
+    def _dispatch(self, module: Any, layer: Layer) -> None:
+        """The stock processor, told to use our backend, with the layer announced around it."""
+        processor = module.processor
+        had, before = "_attention_backend" in vars(processor), processor._attention_backend
+
+        def restore() -> None:
+            if had:
+                processor._attention_backend = before
+            else:
+                del processor._attention_backend
+
+        processor._attention_backend = _backend.NAME
+        self._undo.append(restore)
+        enter = module.register_forward_pre_hook(lambda *_: _backend.enter(layer))
+        leave = module.register_forward_hook(lambda *_: _backend.leave(), always_call=True)
+        self._undo += [enter.remove, leave.remove]
+
+    def _watch_text(self, transformer: torch.nn.Module) -> None:
+        """Notes how many text tokens each forward pass has."""
+        names = list(inspect.signature(transformer.forward).parameters)
+
+        def note(_: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
+            given = dict(zip(names, args), **kwargs)
+            text = given.get("encoder_hidden_states")
+            self.text_len = 0 if text is None else int(text.shape[1])
+
+        self._undo.append(transformer.register_forward_pre_hook(note, with_kwargs=True).remove)
+
+    def _count_steps(self, scheduler: Any) -> None:
+        step, begin = scheduler.step, scheduler.set_timesteps
+
+        @functools.wraps(step)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.step += 1
+            return step(*args, **kwargs)
+
+        @functools.wraps(begin)
+        def begun(*args: Any, **kwargs: Any) -> Any:
+            self.step = 0
+            return begin(*args, **kwargs)
+
+        scheduler.step, scheduler.set_timesteps = counted, begun
+        self._undo.append(lambda: delattr(scheduler, "step"))
+        self._undo.append(lambda: delattr(scheduler, "set_timesteps"))
+
+
+def enable(
+    pipe_or_transformer: Any,
+    *,
+    config: Optional[Config] = None,
+    dense_steps: int = 0,
+    dense_layers: Union[int, Iterable[int]] = 0,
+    calibration: Union[str, "dict[str, Any]", Calibration, None] = None,
+    **knobs: Any,
+) -> Enabled:
+    """Makes the self-attention of a diffusers pipeline or transformer sparse.
+
+    * ``topk``, ``cdf``, ``theta``, ``pv_gap``, ``policy``, …: the fields of ``sparge.Config``, or a
+      whole ``config``. Left to the defaults, sequences below 1024 tokens stay exact.
+    * ``dense_steps``: denoising steps at the start that stay dense. A pipeline counts them by its
+      scheduler; with a bare transformer set ``handle.step``.
+    * ``dense_layers``: the first so many blocks, or the indices of blocks, that stay dense.
+    * ``calibration``: a calibration file's path or parsed JSON.
+
+    Returns the handle whose ``disable()`` restores the model; it is a context manager too.
+    Raises ``SpargeError`` for models and processors that are not supported, by name.
+    """
+    layers = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
+    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()}
+    handle = Enabled(
+        (config or Config()).override(**hashable),
+        dense_steps,
+        frozenset(layers),
+        None if calibration is None else load_calibration(calibration),
+    )
+    transformers = [
+        x
+        for name in ("transformer", "transformer_2")
+        if isinstance(x := getattr(pipe_or_transformer, name, None), torch.nn.Module)
+    ]
+    if isinstance(pipe_or_transformer, torch.nn.Module):
+        transformers = [pipe_or_transformer]
+    if not transformers:
+        raise SpargeError(
+            f"{type(pipe_or_transformer).__name__} has no transformer; pass a pipeline of a "
+            "diffusion transformer, or the transformer itself"
+        )
+    try:
+        for transformer in transformers:
+            handle._attach(transformer)
+        scheduler = getattr(pipe_or_transformer, "scheduler", None)
+        if scheduler is not None:
+            handle._count_steps(scheduler)
+    except BaseException:
+        handle.disable()
+        raise
+    return handle
+
+
+__all__ = ["DENSE", "Enabled", "enable"]
