@@ -94,8 +94,8 @@ class Enabled:
 
     def _replace(self, module: Any, processor: Any) -> None:
         before = module.processor
-        module.set_processor(processor)
-        self._undo.append(lambda: module.set_processor(before))
+        module.processor = processor
+        self._undo.append(lambda: setattr(module, "processor", before))
 
     def _dispatch(self, module: Any, layer: Layer) -> None:
         """The stock processor, told to use our backend, with the layer announced around it."""
