@@ -124,20 +124,23 @@ pub unsafe extern "C" fn sparge_run(
         Tensor { address, strides: Strides::contiguous(Dims { batch, heads, len, dim }, layout) }
     };
     let [q, k, v, o, lse, workspace] = *addresses;
-    let inputs = Inputs {
-        q: tensor(q, c.num_qo_heads, c.qo_len),
-        k: tensor(k, c.num_kv_heads, c.kv_len),
-        v: tensor(v, c.num_kv_heads, c.kv_len),
+    let inputs = Inputs::new(
+        tensor(q, c.num_qo_heads, c.qo_len),
+        tensor(k, c.num_kv_heads, c.kv_len),
+        tensor(v, c.num_kv_heads, c.kv_len),
+    );
+    let output = Output {
+        lse: (lse != 0).then_some(lse),
+        ..Output::new(tensor(o, c.num_qo_heads, c.qo_len))
     };
-    let output = Output { o: tensor(o, c.num_qo_heads, c.qo_len), lse: (lse != 0).then_some(lse) };
     let (a, stream) = (&handle.attention, Stream(stream));
     let mask = a.predicts().then(|| workspace + a.mask_offset() as u64);
     // SAFETY: the caller's promise.
     let done = unsafe {
         match parts {
             1 => a.quantize(stream, &inputs, workspace),
-            2 => a.predict(stream, mask.unwrap_or(0), workspace),
-            4 => a.attend(stream, &output, mask, workspace),
+            2 => a.predict(stream, &inputs, mask.unwrap_or(0), workspace),
+            4 => a.attend(stream, &inputs, &output, mask, workspace),
             _ => a.forward(stream, &inputs, &output, workspace),
         }
     };

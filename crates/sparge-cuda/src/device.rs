@@ -4,7 +4,7 @@ use crate::env::Environment;
 use crate::error::{Error, Result, driver};
 use crate::jit::{Compiler, Kernel};
 use crate::launch;
-use crate::spec::KernelSpec;
+use crate::spec::{Arch, KernelSpec};
 use cudarc::driver::CudaContext;
 use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use std::collections::HashMap;
@@ -24,6 +24,7 @@ struct Inner {
     context: Arc<CudaContext>,
     compiler: Compiler,
     env: Environment,
+    arch: Arch,
     multiprocessors: usize,
     kernels: Mutex<HashMap<KernelSpec, Arc<Kernel>>>,
 }
@@ -40,10 +41,10 @@ impl Device {
         let context = CudaContext::new(ordinal).map_err(driver("opening the GPU"))?;
         let (major, minor) =
             context.compute_capability().map_err(driver("reading the compute capability"))?;
-        if (major, minor) != (9, 0) {
+        let Some(arch) = Arch::of(major, minor) else {
             let name = context.name().unwrap_or_else(|_| "this GPU".into());
             return Err(Error::Gpu { name, major, minor });
-        }
+        };
         let multiprocessors = context
             .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(driver("counting multiprocessors"))?;
@@ -51,9 +52,16 @@ impl Device {
             context,
             compiler: Compiler::load(env)?,
             env: env.clone(),
+            arch,
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1).max(1),
             kernels: Mutex::default(),
         })))
+    }
+
+    /// The architecture whose kernels it runs.
+    #[must_use]
+    pub fn arch(&self) -> Arch {
+        self.0.arch
     }
 
     /// Multiprocessors of the GPU.
@@ -73,7 +81,7 @@ impl Device {
             return Ok(Arc::clone(kernel));
         }
         let compiled =
-            self.0.compiler.compile_cached(spec, "sm_90a", self.0.env.cache_dir.as_deref())?;
+            self.0.compiler.compile_cached(spec, self.0.arch.name(), self.0.env.cache_dir.as_deref())?;
         let kernel = Arc::new(Kernel::load(&self.0.context, &compiled, spec.most_shared_bytes())?);
         kernels.insert(*spec, Arc::clone(&kernel));
         Ok(kernel)

@@ -22,7 +22,7 @@ pub enum Error {
     },
     /// No kernels for this GPU.
     #[error(
-        "{name} has compute capability {major}.{minor}; kernels exist for 9.0 (H100, H200); use the CPU backend of the crate `sparge`"
+        "{name} has compute capability {major}.{minor}; kernels exist for 8.x, 9.0, 10.x and 12.x; use the CPU backend of the crate `sparge`"
     )]
     Gpu {
         /// The device's name.

@@ -17,15 +17,24 @@
 
 mod attention;
 mod device;
+mod dtype;
 mod env;
 mod error;
+mod general;
+mod hopper;
 mod jit;
 mod launch;
+mod options;
 mod spec;
+mod tables;
+mod tensors;
 
-pub use attention::{Attention, DType, Inputs, Output, Tensor};
+pub use attention::Attention;
 pub use device::{Device, Stream};
+pub use dtype::DType;
 pub use env::Environment;
 pub use error::{Error, Result};
 pub use jit::{Compiled, Compiler};
-pub use spec::{KernelSpec, Pool};
+pub use options::{CudaOptions, Path, Precision};
+pub use spec::{Arch, KernelSpec, Mma, Pool};
+pub use tensors::{DeviceBlockMask, ElementMask, Inputs, MaskKind, Output, Tensor};

@@ -1,6 +1,73 @@
 //! Every kernel variant there is.
 
-use crate::attention::DType;
+use crate::dtype::DType;
+
+/// A GPU architecture with kernels. Each runs on later minor versions of its major one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Arch {
+    /// Compute capability 8.0 to 8.8 (A100, RTX 30).
+    Sm80,
+    /// 8.9 (L4, L40, RTX 40).
+    Sm89,
+    /// 9.0 (H100, H200), with the fast path.
+    Sm90a,
+    /// 10.0, 10.3 (B200, B300).
+    Sm100,
+    /// 12.0, 12.1 (RTX 50).
+    Sm120,
+}
+
+impl Arch {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Sm80, Self::Sm89, Self::Sm90a, Self::Sm100, Self::Sm120];
+
+    /// What NVRTC calls it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sm80 => "sm_80",
+            Self::Sm89 => "sm_89",
+            Self::Sm90a => "sm_90a",
+            Self::Sm100 => "sm_100",
+            Self::Sm120 => "sm_120",
+        }
+    }
+
+    /// The one that runs on a GPU of this compute capability.
+    #[must_use]
+    pub fn of(major: i32, minor: i32) -> Option<Self> {
+        match (major, minor) {
+            (8, 9) => Some(Self::Sm89),
+            (8, _) => Some(Self::Sm80),
+            (9, 0) => Some(Self::Sm90a),
+            (10, _) => Some(Self::Sm100),
+            (12, _) => Some(Self::Sm120),
+            _ => None,
+        }
+    }
+}
+
+/// Arithmetic of the general attention kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mma {
+    /// Both products in the element type.
+    Half,
+    /// Q·Kᵀ in int8, P·V in the element type.
+    Int8,
+    /// Q·Kᵀ in int8, P·V in e4m3.
+    Int8Fp8,
+}
+
+impl Mma {
+    /// Largest head dimension with quantised kernels: above, registers do not suffice.
+    pub(crate) const MOST_QUANTIZED: usize = 192;
+    const DIMS: [usize; 5] = [64, 96, 128, 192, 256];
+
+    /// The kernel's head dimension for one of at most 256.
+    pub(crate) fn padded(dim: usize) -> usize {
+        Self::DIMS.into_iter().find(|&d| dim <= d).unwrap_or(256)
+    }
+}
 
 /// How Q and K are pooled for the selection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,6 +115,67 @@ pub enum KernelSpec {
         /// Element type.
         dtype: DType,
     },
+    /// General path: tables into the workspace.
+    Upload,
+    /// An f32 tensor in bf16.
+    Cast {
+        /// 0: q, 1: k, 2: v.
+        which: usize,
+    },
+    /// int8 Q and K.
+    QuantizeRows {
+        /// Element type.
+        dtype: DType,
+    },
+    /// Largest |v| of each channel.
+    LargestV {
+        /// Element type.
+        dtype: DType,
+    },
+    /// e4m3 V.
+    QuantizeV {
+        /// Element type.
+        dtype: DType,
+    },
+    /// Pooled rows of Q and K.
+    PoolRows {
+        /// Element type.
+        dtype: DType,
+    },
+    /// Sums of K over each block.
+    Sums {
+        /// Element type.
+        dtype: DType,
+        /// Without what is not finite.
+        clean: bool,
+    },
+    /// Means of K.
+    Centres {
+        /// Per block (the judge's), or per sequence (int8's).
+        per_block: bool,
+    },
+    /// The judge's cosines.
+    Judge {
+        /// Element type.
+        dtype: DType,
+    },
+    /// What the element mask lets through.
+    Reach,
+    /// The element mask, pooled.
+    PoolMask,
+    /// Statistics.
+    Count,
+    /// Selection.
+    Choose,
+    /// Attention over kept blocks.
+    AttendMma {
+        /// Head dimension of the kernel.
+        dim: usize,
+        /// Element type.
+        dtype: DType,
+        /// Arithmetic.
+        mma: Mma,
+    },
 }
 
 /// One `.cu` file.
@@ -64,9 +192,12 @@ macro_rules! source {
 }
 
 /// What the sources include.
-pub(crate) const HEADERS: [Source; 5] = [
+pub(crate) const HEADERS: [Source; 8] = [
     source!("sparge/types.cuh"),
     source!("sparge/tiles.cuh"),
+    source!("sparge/call.cuh"),
+    source!("sparge/rows.cuh"),
+    source!("sparge/ptx/mma.cuh"),
     source!("sparge/ptx/math.cuh"),
     source!("sparge/ptx/mbarrier.cuh"),
     source!("sparge/ptx/wgmma.cuh"),
@@ -76,15 +207,30 @@ pub(crate) const HEADERS: [Source; 5] = [
 pub(crate) const DIMS: [usize; 2] = [64, 128];
 /// Row counts of `select`, preferred first.
 pub(crate) const SELECT_ROWS: [usize; 3] = [64, 32, 16];
-const DTYPES: [DType; 2] = [DType::F16, DType::Bf16];
+const HALVES: [DType; 2] = [DType::F16, DType::Bf16];
 
 impl KernelSpec {
-    /// Every variant.
+    /// Every variant, with every architecture it is made for.
     #[must_use]
-    pub fn all() -> Vec<Self> {
+    pub fn all() -> Vec<(Arch, Self)> {
+        let mut specs = Vec::new();
+        for arch in Arch::ALL {
+            let of_arch = if arch == Arch::Sm90a { Self::hopper() } else { Vec::new() };
+            let all = of_arch.into_iter().chain(Self::preparation()).chain(Self::attention(arch));
+            specs.extend(all.map(|spec| (arch, spec)));
+        }
+        // sm_80 has no e4m3.
+        specs.retain(|&(arch, spec)| {
+            arch != Arch::Sm80 || !matches!(spec, Self::QuantizeV { .. } | Self::LargestV { .. })
+        });
+        specs
+    }
+
+    /// The fast path.
+    fn hopper() -> Vec<Self> {
         let mut specs = Vec::new();
         for dim in DIMS {
-            for dtype in DTYPES {
+            for dtype in HALVES {
                 specs.push(Self::Statistics { dim, dtype });
                 specs.extend(
                     [Pool::None, Pool::SubBlock, Pool::Block].map(|pool| Self::Quantize {
@@ -102,10 +248,40 @@ impl KernelSpec {
         specs
     }
 
-    /// Architectures the kernels are compiled for.
-    #[must_use]
-    pub fn architectures() -> &'static [&'static str] {
-        &["sm_90a"]
+    /// The general path up to the attention kernel.
+    fn preparation() -> Vec<Self> {
+        let mut specs = vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count, Self::Choose];
+        specs.extend([0, 1, 2].map(|which| Self::Cast { which }));
+        specs.extend([false, true].map(|per_block| Self::Centres { per_block }));
+        for dtype in [DType::F16, DType::Bf16, DType::F32] {
+            specs.extend([
+                Self::QuantizeRows { dtype },
+                Self::LargestV { dtype },
+                Self::QuantizeV { dtype },
+                Self::PoolRows { dtype },
+                Self::Judge { dtype },
+            ]);
+            specs.extend([false, true].map(|clean| Self::Sums { dtype, clean }));
+        }
+        specs
+    }
+
+    /// The general path's attention kernels.
+    fn attention(arch: Arch) -> Vec<Self> {
+        let mut specs = Vec::new();
+        for dim in Mma::DIMS {
+            specs.extend(HALVES.map(|dtype| Self::AttendMma { dim, dtype, mma: Mma::Half }));
+            if dim > Mma::MOST_QUANTIZED {
+                continue;
+            }
+            if arch == Arch::Sm80 {
+                specs.extend(HALVES.map(|dtype| Self::AttendMma { dim, dtype, mma: Mma::Int8 }));
+            } else {
+                let dtype = DType::Bf16;
+                specs.push(Self::AttendMma { dim, dtype, mma: Mma::Int8Fp8 });
+            }
+        }
+        specs
     }
 
     /// The kernel's C++ name.
@@ -127,6 +303,25 @@ impl KernelSpec {
             Self::Attend { dim, dtype } => {
                 format!("sparge::attend_sm90<{dim}, {}, {STAGES}>", dtype.cuda_name())
             }
+            Self::Upload => "sparge::upload<0>".into(),
+            Self::Cast { which } => format!("sparge::cast<{which}>"),
+            Self::QuantizeRows { dtype } => {
+                format!("sparge::quantize_rows<{}>", dtype.cuda_name())
+            }
+            Self::LargestV { dtype } => format!("sparge::largest_v<{}>", dtype.cuda_name()),
+            Self::QuantizeV { dtype } => format!("sparge::quantize_v<{}>", dtype.cuda_name()),
+            Self::PoolRows { dtype } => format!("sparge::pool<{}>", dtype.cuda_name()),
+            Self::Sums { dtype, clean } => format!("sparge::sums<{}, {clean}>", dtype.cuda_name()),
+            Self::Centres { per_block } => format!("sparge::centres<{per_block}>"),
+            Self::Judge { dtype } => format!("sparge::judge<{}>", dtype.cuda_name()),
+            Self::Reach => "sparge::reach<0>".into(),
+            Self::PoolMask => "sparge::pool_mask<0>".into(),
+            Self::Count => "sparge::count<0>".into(),
+            Self::Choose => "sparge::choose<0>".into(),
+            Self::AttendMma { dim, dtype, mma } => {
+                let (int8, fp8) = (mma != Mma::Half, mma == Mma::Int8Fp8);
+                format!("sparge::attend_mma<{dim}, {}, {int8}, {fp8}>", dtype.cuda_name())
+            }
         }
     }
 
@@ -135,16 +330,39 @@ impl KernelSpec {
             Self::Statistics { .. } | Self::Quantize { .. } => source!("prepare.cu"),
             Self::Select { .. } => source!("select.cu"),
             Self::Attend { .. } => source!("attend_sm90.cu"),
+            Self::Upload
+            | Self::Cast { .. }
+            | Self::QuantizeRows { .. }
+            | Self::LargestV { .. }
+            | Self::QuantizeV { .. } => source!("convert.cu"),
+            Self::PoolRows { .. }
+            | Self::Sums { .. }
+            | Self::Centres { .. }
+            | Self::Judge { .. }
+            | Self::Reach
+            | Self::PoolMask
+            | Self::Count => source!("pool.cu"),
+            Self::Choose => source!("choose.cu"),
+            Self::AttendMma { .. } => source!("attend_mma.cu"),
         }
     }
 
     /// Most dynamic shared memory the kernel may be launched with, in bytes.
     pub(crate) fn most_shared_bytes(&self) -> usize {
         match *self {
-            Self::Statistics { .. } | Self::Quantize { .. } => 0,
+            // 32 pooled queries of two 256-wide features and padding.
+            Self::Choose => 32 * (512 + 16) * 4,
+            // Tiles of q, k and v, key scales, places of bad values: `Attend::BYTES`.
+            Self::AttendMma { dim, mma, .. } => {
+                let pitch = |row: usize| if row.is_multiple_of(128) { row } else { row + 16 };
+                let qk = pitch(if mma == Mma::Half { 2 * dim } else { dim });
+                let v = if mma == Mma::Int8Fp8 { dim * pitch(64) } else { 64 * pitch(2 * dim) };
+                128 * qk + v + 64 * 4 + 8 * dim
+            }
             Self::Select { .. } => SELECT_SHARED_BYTES,
             // Tiles of q, k and v; the last kilobyte holds scales, tile records and barriers.
             Self::Attend { dim, .. } => 2 * 128 * dim + STAGES * 128 * (2 * dim + 8) + 1024,
+            _ => 0,
         }
     }
 }

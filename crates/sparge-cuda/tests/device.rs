@@ -180,8 +180,11 @@ fn run(
         address: address(slice, &stream),
         strides: Strides::contiguous(Host::dims(&host.shape, queries), host.case.layout),
     };
-    let inputs = Inputs { q: tensor(&q, true), k: tensor(&k, false), v: tensor(&v, false) };
-    let output = Output { o: tensor(&o, true), lse: want_lse.then(|| address(&lse, &stream)) };
+    let inputs = Inputs::new(tensor(&q, true), tensor(&k, false), tensor(&v, false));
+    let output = Output {
+        lse: want_lse.then(|| address(&lse, &stream)),
+        ..Output::new(tensor(&o, true))
+    };
     // SAFETY: all buffers have the sizes of the shape and live past the synchronisation.
     unsafe {
         attention.forward(

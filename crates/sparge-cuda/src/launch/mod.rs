@@ -1,8 +1,17 @@
-//! The argument struct of all kernels, and the calls that launch them.
-#![expect(unsafe_code, reason = "asks whether the driver's library is there")]
+//! The argument structs of the kernels, and the calls that launch them.
+#![expect(unsafe_code, reason = "launches are driver calls on the caller's device addresses")]
 
+mod call;
 mod forward;
+mod general;
 
+pub(crate) use call::Call;
+
+use crate::device::Stream;
+use crate::error::{Result, driver};
+use crate::jit::Kernel;
+use crate::tensors::Tensor;
+use cudarc::driver::{result, sys};
 use std::mem::{offset_of, size_of};
 
 /// Query heads that fit the argument struct.
@@ -122,4 +131,44 @@ impl Default for Args {
 pub(crate) fn has_driver() -> bool {
     // SAFETY: only looks for the library.
     unsafe { cudarc::driver::sys::is_culib_present() }
+}
+
+/// A tensor's address and strides.
+fn part(tensor: &Tensor) -> (u64, Strides) {
+    let s = tensor.strides;
+    let strides = Strides { batch: s.batch as i64, head: s.head as i64, token: s.token as i64 };
+    (tensor.address, strides)
+}
+
+/// Launches a kernel whose one parameter is `args`, in the current context.
+///
+/// # Safety
+/// As `cuLaunchKernel`: `A` is the kernel's parameter, and the addresses in it hold what the kernel
+/// reads and writes.
+unsafe fn enqueue<A>(
+    kernel: &Kernel,
+    [x, y]: [u32; 2],
+    threads: u32,
+    shared: usize,
+    stream: Stream,
+    args: &mut A,
+) -> Result<()> {
+    // Nothing to do: an empty grid is an error to the driver.
+    if x == 0 || y == 0 {
+        return Ok(());
+    }
+    let mut parameters = [std::ptr::from_mut(args).cast()];
+    let stream: sys::CUstream = stream.0.cast();
+    // SAFETY: the kernel takes one parameter, which the driver copies before it returns.
+    unsafe {
+        result::launch_kernel(
+            kernel.function(),
+            (x, y, 1),
+            (threads, 1, 1),
+            shared as u32,
+            stream,
+            &mut parameters,
+        )
+    }
+    .map_err(driver("launching a kernel"))
 }

@@ -1,0 +1,238 @@
+//! The fast path of one kind of call (compute capability 9.0): its kernels, its workspace, its
+//! arguments. `launch/forward.rs` enqueues them.
+
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::jit::Kernel;
+use crate::launch::{Args, Budget, MAX_HEADS};
+use crate::spec::{DIMS, KernelSpec, Pool, SELECT_ROWS};
+use sparge::{
+    Alignment, AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Lengths, Pooling, Selection,
+    SpargeConfig,
+};
+use std::sync::Arc;
+
+/// A kind of call on the fast path.
+#[derive(Debug, Clone)]
+pub(crate) struct Hopper {
+    pub(crate) device: Device,
+    pub(crate) shape: AttentionShape,
+    /// Sizes and settings; addresses are zero until a call fills them in.
+    pub(crate) args: Args,
+    pub(crate) layout: Workspace,
+    pub(crate) kernels: Kernels,
+    pool: Pool,
+}
+
+/// Whether the fast path computes this shape under these options, in `dtype`.
+pub(crate) fn takes(shape: &AttentionShape, dtype: DType, options: &AttentionOptions<'_>) -> bool {
+    DIMS.contains(&shape.head_dim)
+        && shape.head_dim_v == shape.head_dim
+        && shape.num_qo_heads <= MAX_HEADS
+        && dtype != DType::F32
+        && !options.window.is_some_and(|w| w.left.is_some() || w.right.is_some())
+        && matches!(options.lengths, Lengths::Full)
+}
+
+/// What a head of the fast path's own selection keeps; `None` for everything.
+fn budget(config: &SpargeConfig, head: usize, shape: &AttentionShape) -> Option<Budget> {
+    let (cdf, top_k) = match *config.selection.get(head) {
+        Selection::All => return None,
+        Selection::Auto if is_short(shape.qo_len, shape.kv_len) => return None,
+        Selection::Auto => (Selection::AUTO_CDF, 0.0),
+        Selection::TopCdf(cdf) => (cdf, 0.0),
+        Selection::TopK(top_k) => (0.0, top_k),
+        Selection::Union { cdf, top_k } => (cdf, top_k),
+    };
+    (cdf < 1.0 && top_k < 1.0).then_some(Budget { cdf: cdf as f32, top_k: top_k as f32 })
+}
+
+/// Where [`Selection::Auto`] runs dense.
+pub(crate) fn is_short(q_len: usize, kv_len: usize) -> bool {
+    kv_len < Selection::AUTO_MIN_LEN || q_len < Selection::AUTO_MIN_QUERIES
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Kernels {
+    pub(crate) statistics: Arc<Kernel>,
+    pub(crate) quantize: Arc<Kernel>,
+    /// With its pooled rows per thread block and its shared memory.
+    pub(crate) select: Option<(Arc<Kernel>, usize, usize)>,
+    pub(crate) attend: Arc<Kernel>,
+    pub(crate) attend_shared: usize,
+}
+
+/// Offsets in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Workspace {
+    /// Zeroed by every call, up to `zeroed_end`.
+    pub(crate) counters: usize,
+    pub(crate) v_amax: usize,
+    pub(crate) zeroed_end: usize,
+    pub(crate) q8: usize,
+    pub(crate) q_scale: usize,
+    pub(crate) q_shift: usize,
+    pub(crate) k8: usize,
+    pub(crate) k_scale: usize,
+    pub(crate) v8: usize,
+    pub(crate) partial: usize,
+    pub(crate) k_mean: usize,
+    pub(crate) q_pool: usize,
+    pub(crate) k_pool: usize,
+    pub(crate) mask: usize,
+    pub(crate) bytes: usize,
+}
+
+impl Hopper {
+    /// Compiles what the call needs (at the first use on this device). `pool`: what the selection
+    /// pools, where the fast path selects.
+    pub(crate) fn new(
+        device: &Device,
+        shape: AttentionShape,
+        dtype: DType,
+        options: &AttentionOptions<'_>,
+        config: &SpargeConfig,
+        pool: Pool,
+    ) -> Result<Self> {
+        let mut args = arguments(shape, options, config)?;
+        let load = |spec: KernelSpec| device.kernel(&spec);
+        let dim = shape.head_dim;
+        let select = if pool == Pool::None {
+            None
+        } else {
+            let width = 4 * (args.kv_blocks as usize | 1);
+            let fits = |rows: &usize| {
+                let spec = KernelSpec::Select { dim, pool, rows: *rows };
+                rows * width <= spec.most_shared_bytes()
+            };
+            // Whole-block pooling has few rows: small thread blocks fill the GPU.
+            let start = if pool == Pool::Block { SELECT_ROWS.len() - 1 } else { 0 };
+            let Some(rows) = SELECT_ROWS.into_iter().skip(start).find(fits) else {
+                return Err(Error::Unsupported {
+                    what: format!("selection among {} keys", shape.kv_len),
+                    remedy: "split the keys and combine the parts by their log-sum-exp",
+                });
+            };
+            Some((load(KernelSpec::Select { dim, pool, rows })?, rows, rows * width))
+        };
+        let attend = KernelSpec::Attend { dim, dtype };
+        let kernels = Kernels {
+            statistics: load(KernelSpec::Statistics { dim, dtype })?,
+            quantize: load(KernelSpec::Quantize { dim, dtype, pool })?,
+            select,
+            attend: load(attend)?,
+            attend_shared: attend.most_shared_bytes(),
+        };
+        // Enough chunks to fill the GPU twice, of at least 256 keys.
+        let heads = shape.batch * shape.num_kv_heads;
+        let wanted = (2 * device.multiprocessors()).div_ceil(heads).max(1);
+        let chunk = shape.kv_len.div_ceil(wanted).next_multiple_of(64).max(256);
+        args.chunk = chunk as i32;
+        args.chunks = shape.kv_len.div_ceil(chunk) as i32;
+        let layout = Workspace::new(shape, &args, pool)?;
+        Ok(Self { device: device.clone(), shape, args, layout, kernels, pool })
+    }
+
+    /// Whether it selects itself.
+    pub(crate) fn selects(&self) -> bool {
+        self.kernels.select.is_some()
+    }
+
+    /// Pooled queries of a query block.
+    pub(crate) fn pooled_per_block(&self) -> usize {
+        self.pool.subs().0
+    }
+}
+
+/// What the fast path's own selection pools for this config; `None` where it cannot select.
+pub(crate) fn pool_of(pooling: Pooling) -> Option<Pool> {
+    match pooling {
+        Pooling::SUB_BLOCK => Some(Pool::SubBlock),
+        Pooling::BLOCK => Some(Pool::Block),
+        _ => None,
+    }
+}
+
+fn arguments(
+    shape: AttentionShape,
+    options: &AttentionOptions<'_>,
+    config: &SpargeConfig,
+) -> Result<Args> {
+    let q_blocks = shape.qo_len.div_ceil(BLOCK_Q);
+    let kv_blocks = shape.kv_len.div_ceil(BLOCK_KV);
+    let heads = shape.batch * shape.num_qo_heads;
+    // Kernels count tokens, blocks and pooled rows in 32 bits.
+    let most = (heads * q_blocks * 8).max(heads * kv_blocks * 4).max(shape.qo_len + shape.kv_len);
+    if most > i32::MAX as usize / 2 {
+        return Err(Error::Unsupported {
+            what: format!("{most} pooled rows"),
+            remedy: "call on fewer heads at a time",
+        });
+    }
+    let scale = options.softmax_scale.unwrap_or(1.0 / (shape.head_dim as f64).sqrt());
+    let mut args = Args {
+        batch: shape.batch as i32,
+        heads: shape.num_qo_heads as i32,
+        kv_heads: shape.num_kv_heads as i32,
+        qo_len: shape.qo_len as i32,
+        kv_len: shape.kv_len as i32,
+        q_blocks: q_blocks as i32,
+        kv_blocks: kv_blocks as i32,
+        mask_words: (kv_blocks.div_ceil(64) * 2) as i32,
+        causal: i32::from(options.causal.is_some()),
+        diagonal: match options.causal {
+            Some(Alignment::BottomRight) => shape.kv_len as i32 - shape.qo_len as i32,
+            Some(Alignment::TopLeft) | None => 0,
+        },
+        keep_first: i32::try_from(config.keep_first.max(options.sink_blocks)).unwrap_or(i32::MAX),
+        scale_log2: (scale * std::f64::consts::LOG2_E) as f32,
+        ..Args::default()
+    };
+    for (head, to) in args.budget[..shape.num_qo_heads].iter_mut().enumerate() {
+        *to = budget(config, head, &shape).unwrap_or(Budget { cdf: 2.0, top_k: 1.0 });
+    }
+    Ok(args)
+}
+
+impl Workspace {
+    fn new(shape: AttentionShape, args: &Args, pool: Pool) -> Result<Self> {
+        let dim = shape.head_dim;
+        let q = shape.batch * shape.num_qo_heads * args.q_blocks as usize;
+        let pairs = shape.batch * shape.num_kv_heads;
+        let kv = pairs * args.kv_blocks as usize;
+        let (q_subs, kv_subs) = pool.subs();
+        let mut at = 0usize;
+        let mut overflow = false;
+        let mut take = |sizes: &[usize]| {
+            let start = at;
+            let bytes = sizes.iter().try_fold(1usize, |a, &b| a.checked_mul(b));
+            let end = bytes.and_then(|b| at.checked_add(b)?.checked_next_multiple_of(256));
+            overflow |= end.is_none();
+            at = end.unwrap_or(at);
+            start
+        };
+        let mut layout = Self {
+            counters: take(&[1 + pairs, 4]),
+            v_amax: take(&[pairs, dim, 4]),
+            zeroed_end: take(&[0]),
+            q8: take(&[q, BLOCK_Q, dim]),
+            q_scale: take(&[q, BLOCK_Q, 4]),
+            q_shift: take(&[q, BLOCK_Q, 4]),
+            k8: take(&[kv, BLOCK_KV, dim]),
+            k_scale: take(&[kv, 16]),
+            v8: take(&[kv, BLOCK_KV, dim]),
+            partial: take(&[pairs, args.chunks as usize, dim, 4]),
+            k_mean: take(&[pairs, dim, 4]),
+            q_pool: take(&[q, q_subs, 2, dim, 2]),
+            k_pool: take(&[kv, kv_subs, 2, dim, 2]),
+            mask: take(&[if pool == Pool::None { 0 } else { q }, args.mask_words as usize, 4]),
+            bytes: 0,
+        };
+        if overflow {
+            return Err(sparge::Error::Overflow { tensor: "the workspace" }.into());
+        }
+        layout.bytes = at;
+        Ok(layout)
+    }
+}
