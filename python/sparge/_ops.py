@@ -12,51 +12,25 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from . import _sparge
+from . import _cuda, _sparge
 from ._config import parsed
-from ._mask import BLOCK_KV, BLOCK_Q
+from ._mask import BLOCK_KV
+from ._ops_shapes import check_dtype, heads_and_lens, mask_shape, out_shape
 from ._sparge import SpargeError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 _QKV = "Tensor query, Tensor key, Tensor value"
 _MASKS = "Tensor? attn_mask, Tensor? block_mask, Tensor? kv_lens, str settings"
 
 _library = torch.library.Library("sparge", "DEF")
 _library.define(f"attention({_QKV}, {_MASKS}) -> Tensor")
-_library.define(f"attention_full({_QKV}, {_MASKS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"attention_full({_QKV}, {_MASKS}) -> (Tensor, Tensor, Tensor)")
 _library.define(f"predict(Tensor query, Tensor key, {_MASKS}) -> Tensor")
 _library.define("quantize(Tensor key, str layout) -> (Tensor, Tensor, Tensor)")
 
 _Raw = tuple[int, tuple[int, int, int, int], tuple[int, int, int, int]]
-
-
-def is_nhd(settings: str) -> bool:
-    """Whether a settings text asks for ``[batch, tokens, heads, dim]``."""
-    return settings.startswith("layout=NHD")
-
-
-def _out_shape(query: Tensor, value: Tensor) -> tuple[int, int, int, int]:
-    a, b, c, _ = query.shape
-    return a, b, c, value.shape[3]
-
-
-def _heads_and_lens(query: Tensor, key: Tensor, settings: str) -> tuple[int, int, int, int]:
-    """(batch, query heads, q_len, kv_len)"""
-    if is_nhd(settings):
-        batch, q_len, heads, _ = query.shape
-        return batch, heads, q_len, key.shape[1]
-    batch, heads, q_len, _ = query.shape
-    return batch, heads, q_len, key.shape[2]
-
-
-def mask_shape(query: Tensor, key: Tensor, settings: str) -> tuple[int, int, int, int]:
-    """(batch, heads, q_blocks, kv_blocks)"""
-    batch, heads, q_len, kv_len = _heads_and_lens(query, key, settings)
-    return batch, heads, (q_len + BLOCK_Q - 1) // BLOCK_Q, (kv_len + BLOCK_KV - 1) // BLOCK_KV
 
 
 def _raw(tensor: Tensor) -> tuple[Tensor, _Raw]:
@@ -66,23 +40,6 @@ def _raw(tensor: Tensor) -> tuple[Tensor, _Raw]:
         tensor = tensor.contiguous()
         strides = tensor.stride()
     return tensor, (tensor.data_ptr(), tensor.shape, strides)  # type: ignore[return-value]
-
-
-def _dtype(query: Tensor, key: Tensor, value: Tensor) -> str:
-    dtype = query.dtype
-    if key.dtype != dtype or value.dtype != dtype:
-        raise SpargeError(
-            f"query is {dtype}, key {key.dtype}, value {value.dtype}; they must be the same"
-        )
-    name = DTYPES.get(dtype)
-    if name is None:
-        raise SpargeError(f"dtype is {dtype}, expected float32, float16 or bfloat16")
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise SpargeError(
-            f"query, key and value have {query.ndim}, {key.ndim} and {value.ndim} dimensions, "
-            "expected 4 each"
-        )
-    return name
 
 
 def _extra(
@@ -138,11 +95,11 @@ def _attention_cpu(
     kv_lens: Optional[Tensor],
     settings: str,
 ) -> Tensor:
-    dtype = _dtype(query, key, value)
+    dtype = check_dtype(query, key, value)
     query, q = _raw(query)
     key, k = _raw(key)
     value, v = _raw(value)
-    out = query.new_empty(_out_shape(query, value))
+    out = query.new_empty(out_shape(query, value))
     threads = torch.get_num_threads()
     if attn_mask is None and block_mask is None and kv_lens is None:
         _sparge.attend(parsed(settings), dtype, threads, q, k, v, out.data_ptr())
@@ -160,9 +117,9 @@ def _attention_full_cpu(
     block_mask: Optional[Tensor],
     kv_lens: Optional[Tensor],
     settings: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _dtype(query, key, value)
-    out, lse, blocks, counts = _attention_full_meta(
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = check_dtype(query, key, value)
+    out, lse, counts = _attention_full_meta(
         query, key, value, attn_mask, block_mask, kv_lens, settings
     )
     query, q = _raw(query)
@@ -170,11 +127,10 @@ def _attention_full_cpu(
     value, v = _raw(value)
     _held, extra = _extra(attn_mask, block_mask, kv_lens)
     extra["lse"] = lse.data_ptr()
-    extra["mask_out"] = blocks.data_ptr()
     extra["counts"] = counts.data_ptr()
     threads = torch.get_num_threads()
     _sparge.attend(parsed(settings), dtype, threads, q, k, v, out.data_ptr(), extra)
-    return out, lse, blocks, counts
+    return out, lse, counts
 
 
 def _predict_cpu(
@@ -185,7 +141,7 @@ def _predict_cpu(
     kv_lens: Optional[Tensor],
     settings: str,
 ) -> Tensor:
-    dtype = _dtype(query, key, key)
+    dtype = check_dtype(query, key, key)
     blocks = query.new_empty(mask_shape(query, key, settings), dtype=torch.bool)
     query, q = _raw(query)
     key, k = _raw(key)
@@ -196,7 +152,7 @@ def _predict_cpu(
 
 
 def _quantize_cpu(key: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _dtype(key, key, key)
+    dtype = check_dtype(key, key, key)
     values, scales, means = _quantize_meta(key, layout)
     key, k = _raw(key)
     out = (values.data_ptr(), scales.data_ptr(), means.data_ptr())
@@ -213,7 +169,7 @@ def _attention_meta(
     kv_lens: Optional[Tensor],
     settings: str,
 ) -> Tensor:
-    return query.new_empty(_out_shape(query, value))
+    return query.new_empty(out_shape(query, value))
 
 
 def _attention_full_meta(
@@ -224,12 +180,11 @@ def _attention_full_meta(
     block_mask: Optional[Tensor],
     kv_lens: Optional[Tensor],
     settings: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, q_len, _ = _heads_and_lens(query, key, settings)
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, q_len, _ = heads_and_lens(query, key, settings)
     return (
-        query.new_empty(_out_shape(query, value)),
+        query.new_empty(out_shape(query, value)),
         query.new_empty((batch, heads, q_len), dtype=torch.float32),
-        query.new_empty(mask_shape(query, key, settings), dtype=torch.bool),
         query.new_empty((batch, heads, 4), dtype=torch.int64),
     )
 
@@ -257,13 +212,14 @@ def _quantize_meta(key: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-for _name, _cpu, _meta in (
-    ("attention", _attention_cpu, _attention_meta),
-    ("attention_full", _attention_full_cpu, _attention_full_meta),
-    ("predict", _predict_cpu, _predict_meta),
-    ("quantize", _quantize_cpu, _quantize_meta),
+for _name, _cpu, _gpu, _meta in (
+    ("attention", _attention_cpu, _cuda.attention, _attention_meta),
+    ("attention_full", _attention_full_cpu, _cuda.attention_full, _attention_full_meta),
+    ("predict", _predict_cpu, _cuda.predict, _predict_meta),
+    ("quantize", _quantize_cpu, _cuda.quantize, _quantize_meta),
 ):
     _library.impl(_name, _cpu, "CPU")
+    _library.impl(_name, _gpu, "CUDA")
     _library.impl(_name, _meta, "Meta")
 
 attention = torch.ops.sparge.attention.default

@@ -18,6 +18,59 @@ class _Extra(TypedDict):
 class Settings:
     def __new__(cls, text: str) -> Settings: ...
 
+_Masks = Optional[tuple[Optional[_Raw], Optional[_Raw]]]
+
+@final
+class CudaCall:
+    def __new__(
+        cls,
+        ordinal: int,
+        nvrtc_dirs: list[str],
+        dtype: str,
+        shapes: tuple[_Four, _Four, _Four],
+        settings: Settings,
+        precision: str,
+        kv_lens: Optional[list[int]],
+        element_mask: Optional[tuple[str, bool]],
+        block_mask: bool,
+    ) -> CudaCall: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def mask_shape(self) -> list[int]: ...
+    @property
+    def predicts(self) -> bool: ...
+    @property
+    def is_fast(self) -> bool: ...
+    def forward(
+        self,
+        stream: int,
+        q: _Raw,
+        k: _Raw,
+        v: _Raw,
+        out: _Raw,
+        lse: int,
+        stats: int,
+        masks: _Masks,
+        workspace: int,
+    ) -> None: ...
+    def select(
+        self, stream: int, q: _Raw, k: _Raw, v: _Raw, masks: _Masks, mask: int, workspace: int
+    ) -> None: ...
+    def attend(
+        self,
+        stream: int,
+        q: _Raw,
+        k: _Raw,
+        v: _Raw,
+        out: _Raw,
+        lse: int,
+        stats: int,
+        masks: _Masks,
+        mask: int,
+        workspace: int,
+    ) -> None: ...
+
 @final
 class Array:
     @staticmethod
@@ -51,4 +104,7 @@ def predict(
 def quantize(
     dtype: str, layout: str, threads: int, k: _Raw, out: tuple[int, int, int]
 ) -> None: ...
+def reachable(
+    settings: Settings, q_shape: _Four, k_shape: _Four, kv_lens: Optional[list[int]] = None
+) -> bytes: ...
 def info() -> dict[str, Any]: ...

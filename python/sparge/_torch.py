@@ -26,7 +26,13 @@ Window = Optional[tuple[Optional[int], Optional[int]]]
 AUTO_MIN_LEN = 1024
 AUTO_MIN_QUERIES = 16
 
-_texts: dict[Any, tuple[str, bool]] = {}
+# On a GPU preparing a call costs more kernels, and dense kernels are faster: measured there.
+CUDA_MIN_LEN = 4096
+
+# What settings leave open: everything (short calls may run as SDPA); only how to be exact.
+AUTO, EXACT = "auto", "exact"
+
+_texts: dict[Any, tuple[str, str]] = {}
 _warned: set[str] = set()
 
 
@@ -43,8 +49,8 @@ def _settings(
     causal: Optional[str],
     window: Window,
     keep_keys: Any,
-) -> tuple[str, bool]:
-    """The settings' text, and whether short calls may run as SDPA."""
+) -> tuple[str, str]:
+    """The settings' text, and what they leave open: `AUTO`, `EXACT` or nothing."""
     config = (config or Config()).override(
         topk=topk, cdf=cdf, theta=theta, pv_gap=pv_gap, policy=policy
     )
@@ -52,10 +58,12 @@ def _settings(
     text = settings_text(
         config, layout=layout, scale=scale, causal=causal, window=window, keep_keys=keep_keys
     )
-    return text, config.is_default() or config is DENSE
+    if config.is_default() or config is DENSE:
+        return text, AUTO
+    return text, EXACT if config.policy == "dense" else ""
 
 
-def _kept_settings(config: Optional[Config], kv_len: int, *knobs: Any) -> tuple[str, bool]:
+def _kept_settings(config: Optional[Config], kv_len: int, *knobs: Any) -> tuple[str, str]:
     """`_settings`, remembered: building the text costs more than the rest of a call."""
     if config is None or config.min_kv_len is None:
         kv_len = 0  # the length changes nothing
@@ -110,12 +118,12 @@ def attention(
         )  # fmt: skip
         return _without_heads(one, layout, return_lse)
     kv_len = key.shape[2 if layout == "HND" else 1]
-    text, is_default = _kept_settings(
+    text, leaves = _kept_settings(
         config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys
     )
     try:
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
-        if is_default and layout == "HND" and _is_short(query, key):
+        if leaves and layout == "HND" and _is_short(query, key, leaves):
             extras = return_lse or return_stats or window or keep_keys
             plain = not extras and block_mask is None and key_lengths is None
             if plain and (causal != "bottom_right" or query.shape[2] == key.shape[2]):
@@ -131,7 +139,7 @@ def attention(
             key, value = (x.expand(batch, -1, -1, -1) for x in (key, value))
         if not (return_lse or return_stats):
             return _ops.attention(query, key, value, attn_mask, block_mask, lens, text)
-        out, lse, _, counts = _ops.attention_full(
+        out, lse, counts = _ops.attention_full(
             query, key, value, attn_mask, block_mask, lens, text
         )
     except (SpargeError, TypeError, NotImplementedError) as error:
@@ -165,12 +173,16 @@ def _short_of(dtype: torch.dtype) -> int:
     return AUTO_MIN_LEN if dtype != torch.float32 and has_amx() else 256
 
 
-def _is_short(query: Tensor, key: Tensor) -> bool:
-    """Whether the default runs exactly, and SDPA is the faster way to do that."""
+def _is_short(query: Tensor, key: Tensor, leaves: str) -> bool:
+    """Whether the call is to be exact, and SDPA is the faster way to do that."""
     q_len, kv_len = query.shape[2], key.shape[2]
+    if query.is_cuda:
+        return leaves == EXACT or kv_len < CUDA_MIN_LEN or q_len < AUTO_MIN_QUERIES
+    if leaves == EXACT:
+        return False
     if kv_len >= AUTO_MIN_LEN and q_len >= AUTO_MIN_QUERIES:
         return False
-    if not query.is_cpu or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return True
     return kv_len < _short_of(query.dtype) or q_len < 128
 
@@ -250,7 +262,9 @@ def _element_mask(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
 
 
 def _lengths(lengths: Union[Tensor, Sequence[int]], query: Tensor) -> Tensor:
-    return torch.as_tensor(lengths, dtype=torch.int64, device=query.device)
+    """On the host: they decide the shape of the work. A tensor on a GPU makes the host wait."""
+    device = "meta" if query.is_meta else "cpu"
+    return torch.as_tensor(lengths, dtype=torch.int64, device=device)
 
 
 def dense_mask(
@@ -316,6 +330,7 @@ def dense(
     is_causal = o.causal == "top_left" or (o.causal is not None and q_len == kv_len)
     if (o.causal is not None and not is_causal) or o.window or o.key_lengths is not None:
         lens = None if o.key_lengths is None else _lengths(o.key_lengths, query)
+        lens = None if lens is None else lens.to(query.device)
         extra = dense_mask(q_len, kv_len, o.causal, o.window, lens, query.device)
         is_causal = False
         if attn_mask is None or extra is None:

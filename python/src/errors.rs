@@ -2,7 +2,7 @@
 
 use pyo3::PyErr;
 use pyo3::create_exception;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyNotImplementedError, PyRuntimeError, PyValueError};
 
 create_exception!(
     sparge,
@@ -15,4 +15,15 @@ create_exception!(
 /// What the operator refuses.
 pub(crate) fn refused(error: sparge::Error) -> PyErr {
     SpargeError::new_err(error.to_string())
+}
+
+/// What the CUDA backend refuses, or what its driver reports.
+pub(crate) fn cuda(error: sparge_cuda::Error) -> PyErr {
+    use sparge_cuda::Error as E;
+    match error {
+        E::Plan(e) => refused(e),
+        E::Unsupported { .. } => PyNotImplementedError::new_err(error.to_string()),
+        E::Tensor { .. } => SpargeError::new_err(error.to_string()),
+        _ => PyRuntimeError::new_err(error.to_string()),
+    }
 }

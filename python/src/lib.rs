@@ -4,6 +4,7 @@
 //! speaks DLPack, allocates the results with the same framework, and hands over integers.
 
 mod call;
+mod cuda;
 mod dlpack;
 mod errors;
 mod info;
@@ -18,6 +19,8 @@ use pyo3::prelude::*;
 mod _sparge {
     #[pymodule_export]
     use super::call::{attend, predict, quantize};
+    #[pymodule_export]
+    use super::cuda::{CudaCall, reachable};
     #[pymodule_export]
     use super::dlpack::Array;
     #[pymodule_export]

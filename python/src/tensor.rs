@@ -5,7 +5,7 @@ use crate::errors::{SpargeError, refused};
 use pyo3::prelude::*;
 use sparge::{Dims, Element, Layout, Strides, TensorView};
 
-type Four<T> = (T, T, T, T);
+pub(crate) type Four<T> = (T, T, T, T);
 
 /// A tensor of another framework: address, sizes and strides (in elements) of its four dimensions.
 #[derive(Debug, Clone, Copy, FromPyObject)]
