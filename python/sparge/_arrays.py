@@ -115,8 +115,8 @@ class _Maker:
             kind = self._like.dtype if dtype == "bf16" else names[dtype]
             array = numpy.zeros(shape, kind)
             return array, array.__array_interface__["data"][0]
-        array = _sparge.Array.zeros(list(shape), dtype)
-        return array, array.address
+        ours = _sparge.Array.zeros(list(shape), dtype)
+        return ours, ours.address
 
     def finish(self, array: Any) -> Any:
         """The array as the caller's framework knows it."""

@@ -111,7 +111,7 @@ class _Call:
 
     def run(self, out: Tensor, lse: int, stats: int, keep_keys: str) -> None:
         """Enqueues the operator, and what `keep_keys` asks for between its two stages."""
-        at = (out.data_ptr(), out.shape, out.stride())
+        _, at = _raw(out)
         tensors = (self.stream, self.q, self.k, self.v)
         with _on(self.device):
             if not keep_keys or not self.kind.predicts:
@@ -138,9 +138,8 @@ class _on:
     """Makes a device current where it is not: the launch leaves its context current."""
 
     def __init__(self, device: torch.device) -> None:
-        self.guard = None
-        if torch._C._cuda_getDevice() != device.index:
-            self.guard = torch.cuda.device(device)
+        is_current = torch._C._cuda_getDevice() == device.index
+        self.guard: Any = None if is_current else torch.cuda.device(device)
 
     def __enter__(self) -> None:
         if self.guard is not None:

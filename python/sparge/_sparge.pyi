@@ -1,5 +1,17 @@
 from typing import Any, Optional, TypedDict, final
 
+__all__ = [
+    "Array",
+    "CudaCall",
+    "Settings",
+    "SpargeError",
+    "attend",
+    "info",
+    "predict",
+    "quantize",
+    "reachable",
+]
+
 _Four = tuple[int, int, int, int]
 _Raw = tuple[int, _Four, _Four]
 
@@ -105,6 +117,6 @@ def quantize(
     dtype: str, layout: str, threads: int, k: _Raw, out: tuple[int, int, int]
 ) -> None: ...
 def reachable(
-    settings: Settings, q_shape: _Four, k_shape: _Four, kv_lens: Optional[list[int]] = None
+    settings: Settings, q_shape: _Four, k_shape: _Four, kv_lens: Optional[list[int]]
 ) -> bytes: ...
 def info() -> dict[str, Any]: ...

@@ -109,8 +109,9 @@ def attention(
     """`sparge.attention` on torch tensors."""
     causal = causal_alignment if is_causal else None
     if query.ndim == 3:
+        query, key, value = (x.unsqueeze(1 if layout == "HND" else 2) for x in (query, key, value))
         one = attention(
-            *(x.unsqueeze(1 if layout == "HND" else 2) for x in (query, key, value)),
+            query, key, value,
             attn_mask if attn_mask is None or attn_mask.ndim < 3 else attn_mask.unsqueeze(-3),
             dropout_p, is_causal, scale, enable_gqa, topk, cdf, theta, pv_gap, policy, layout,
             causal_alignment, window, key_lengths, keep_keys, block_mask, return_lse, return_stats,

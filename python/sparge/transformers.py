@@ -125,7 +125,8 @@ def _schedule(
 
 
 def _check_shape(model: torch.nn.Module, calibration: Calibration) -> None:
-    config = model.config.get_text_config() if hasattr(model, "config") else None
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if config is not None else None
     said = calibration.model
     for ours, theirs in (("num_layers", "num_hidden_layers"), ("num_qo_heads", "num_attention_heads")):
         got = getattr(config, theirs, None)

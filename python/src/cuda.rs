@@ -141,11 +141,12 @@ impl CudaCall {
     ) -> PyResult<()> {
         let inputs = self.inputs(&q, &k, &v, masks.as_ref())?;
         let output = self.output(&out, lse, stats)?;
-        let stream = Stream(stream as *mut c_void);
         // SAFETY: the Python side hands over live tensors of this call's shapes and types on this
         // device, a workspace of the size asked for, and the current stream.
-        py.detach(|| unsafe { self.attention.forward(stream, &inputs, &output, workspace) })
-            .map_err(cuda)
+        py.detach(|| unsafe {
+            self.attention.forward(Stream(stream as *mut c_void), &inputs, &output, workspace)
+        })
+        .map_err(cuda)
     }
 
     /// Enqueues quantisation and stage 1; the blocks are written to `mask`.
@@ -162,9 +163,9 @@ impl CudaCall {
         workspace: u64,
     ) -> PyResult<()> {
         let inputs = self.inputs(&q, &k, &v, masks.as_ref())?;
-        let stream = Stream(stream as *mut c_void);
         // SAFETY: as in `forward`; `mask` has `mask_shape` words.
         py.detach(|| unsafe {
+            let stream = Stream(stream as *mut c_void);
             self.attention.quantize(stream, &inputs, workspace)?;
             self.attention.predict(stream, &inputs, mask, workspace)
         })
@@ -189,9 +190,9 @@ impl CudaCall {
     ) -> PyResult<()> {
         let inputs = self.inputs(&q, &k, &v, masks.as_ref())?;
         let output = self.output(&out, lse, stats)?;
-        let stream = Stream(stream as *mut c_void);
         // SAFETY: as in `forward`.
         py.detach(|| unsafe {
+            let stream = Stream(stream as *mut c_void);
             self.attention.attend(stream, &inputs, &output, Some(mask), workspace)
         })
         .map_err(cuda)

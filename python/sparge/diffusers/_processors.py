@@ -99,7 +99,8 @@ class CogVideoXProcessor(_Processor):
         query, key, value = _project(attn, joint, "to_{}", "norm_{}")
         if image_rotary_emb is not None:
             for x in (query, key):
-                x[:, :, text_len:] = apply_rotary_emb(x[:, :, text_len:], image_rotary_emb)
+                turned: Any = apply_rotary_emb(x[:, :, text_len:], image_rotary_emb)
+                x[:, :, text_len:] = turned
         out = self.attend(query, key, value, text_len, attention_mask)
         out = out.transpose(1, 2).flatten(2)
         out = attn.to_out[1](attn.to_out[0](out))
@@ -154,7 +155,8 @@ class MochiProcessor(_Processor):
         query, key, value = _project(attn, hidden_states, "to_{}", "norm_{}")
         text = _project(attn, encoder_hidden_states, "add_{}_proj", "norm_added_{}")
         if image_rotary_emb is not None:
-            query, key = (_rotate(x, *image_rotary_emb) for x in (query, key))
+            cos, sin = image_rotary_emb
+            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         image_len, text_len = hidden_states.shape[1], encoder_hidden_states.shape[1]
         out = query.new_zeros((*query.shape[:2], image_len + text_len, query.shape[3]))
         for at, valid in enumerate(_valid_text(attention_mask)):
