@@ -27,7 +27,8 @@ class Config:
     * ``pooling``: ``"second_order"`` (default on the CPU), ``"sub_block"``, ``"block"`` (the
       paper's), or ``"QxK"``, rows per mean.
     * ``keep_first``: key blocks at the start that are always kept. Default 1.
-    * ``qk``: ``"f32"`` or ``"int8"``, CPU only.
+    * ``qk``: the arithmetic of Q·Kᵀ. CPU: ``"f32"`` (default) or ``"int8"``. CUDA: ``"int8"``
+      (default; P·V in fp8 where the GPU has it) or ``"half"``, both products in 16 bits.
     * ``isa``: ``"scalar"``, ``"avx2"``, ``"avx512"``; default the best there is. CPU only.
     * ``policy``: ``"auto"``; ``"dense"``: exact, nothing is skipped; ``"paper"``: the paper's block
       pooling and no stage 2 (the masks of the authors' code, their bugs aside).

@@ -196,7 +196,7 @@ def _for_cuda(settings: str) -> tuple[str, str]:
         raise NotImplementedError("qk='f32' is not available on the GPU: leave it out, or 'half'")
     exact = "select=all" in words and "pv_gap=inf" in words
     precision = "half" if exact or "qk=half" in words else "quantized"
-    words = [word for word in words if word != "qk=half"]
+    words = [word for word in words if not word.startswith("qk=")]
     return " ".join(words), precision
 
 
