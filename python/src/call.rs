@@ -69,7 +69,6 @@ pub(crate) fn attend(
 
 /// Stage 1 alone: writes `[batch, heads, q_blocks, kv_blocks]` bytes to `extra["mask_out"]`.
 #[pyfunction]
-#[expect(clippy::too_many_arguments, reason = "positional integers are the fast way from Python")]
 pub(crate) fn predict(
     py: Python<'_>,
     settings: &Settings,
