@@ -5,6 +5,8 @@
 //! [`hub`] fetches pinned models and texts.
 
 pub mod attention;
+pub mod calibrate;
+mod decode;
 mod error;
 mod gemm;
 pub mod gguf;

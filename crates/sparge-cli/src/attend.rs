@@ -1,8 +1,10 @@
 //! `sparge attend`: one attention call on tensors from a file.
 
+use crate::calibration::CalibrationArgs;
 use crate::error::Result;
 use crate::flags::{LayoutArg, SelectionArgs, VisibilityArgs};
 use crate::input::{Extras, Qkv, element_type};
+use crate::policy::Policy;
 use crate::safetensor::{self, Entry, Reader, Stored};
 use crate::terminal::{self, percent, seconds};
 use crate::{Context, memory, output};
@@ -15,6 +17,7 @@ use sparge::{
     SpargeConfig, TensorView, metrics,
 };
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Instant;
 
 /// Attention on tensors from a safetensors file.
@@ -42,9 +45,18 @@ pub(crate) struct Args {
     visibility: VisibilityArgs,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
+    /// With --calibration: the layer whose settings to use
+    #[arg(long, value_name = "L", requires = "calibration", default_value_t = 0)]
+    layer: usize,
     /// Exact attention over everything the masks allow
-    #[arg(long, conflicts_with_all = ["topk", "cdf", "theta", "lambda", "pooling", "keep_first", "qk"])]
+    #[arg(long, conflicts_with_all = ["topk", "cdf", "theta", "lambda", "pooling", "keep_first", "qk", "calibration"])]
     dense: bool,
+    /// Choose the blocks by a named policy instead, see `sparge eval --help`
+    #[arg(long, value_name = "POLICY", value_parser = Policy::from_str,
+          conflicts_with_all = ["dense", "reference", "topk", "cdf", "theta", "lambda", "pooling", "keep_first", "qk"])]
+    policy: Option<Policy>,
     /// Compute with the plain f64 reference (slow; o and lse are then F64)
     #[arg(long, conflicts_with = "qk")]
     reference: bool,
@@ -103,7 +115,7 @@ struct Compared {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     output::check_writable(&args.output)?;
     let mut file = Reader::open(&args.input)?;
-    let report = match element_type(&file)? {
+    let report = match element_type(&file, "")? {
         Dtype::F16 => attend::<f16>(args, context, &mut file),
         Dtype::BF16 => attend::<bf16>(args, context, &mut file),
         _ => attend::<f32>(args, context, &mut file),
@@ -138,8 +150,13 @@ fn attend<T: Stored + Element>(
     };
     let config = if args.dense {
         SpargeConfig { isa: context.isa, ..SpargeConfig::dense() }
+    } else if let Some(config) = args.calibration.layer(&shape, args.layer, context.isa)? {
+        config
     } else {
-        args.selection.config(context.isa)?
+        match &args.policy {
+            Some(policy) => policy.config(context.isa),
+            None => args.selection.config(context.isa)?,
+        }
     };
     let sequences = lengths.len().max(shape.batch);
     check_memory(args, &shape, sequences, [longest_q, longest_kv], size_of::<T>())?;
@@ -149,7 +166,7 @@ fn attend<T: Stored + Element>(
     let result = if args.reference {
         by_reference(&plan, &options, &views, args)?
     } else {
-        by_operator(&plan, &views)?
+        by_operator(&plan, &views, args.policy.as_ref())?
     };
     let compared = args.compare.then(|| compare(&result, &options, &views, context)).transpose()?;
 
@@ -212,12 +229,17 @@ struct Computed<T> {
 
 fn by_operator<T: Element>(
     plan: &Plan<'_>,
-    [q, k, v]: &[TensorView<'_, T>; 3],
+    views: &[TensorView<'_, T>; 3],
+    policy: Option<&Policy>,
 ) -> Result<Computed<T>> {
     let shape = plan.shape();
     let mut o =
         vec![T::default(); shape.batch * shape.num_qo_heads * shape.qo_len * shape.head_dim_v];
-    let side = sparge::forward(plan, q, k, v, &mut o)?;
+    let [q, k, v] = views;
+    let side = match policy {
+        Some(policy) => policy.forward(plan, views, &mut o)?,
+        None => sparge::forward(plan, q, k, v, &mut o)?,
+    };
     Ok(Computed {
         o: Values::Stored(o),
         lse: side.lse.map(Values::Stored),

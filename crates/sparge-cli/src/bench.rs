@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::generate;
-use crate::policy::Policy;
+use crate::policy::{self, Policies, Policy};
 use crate::terminal::{self, Table, percent, seconds};
 use crate::{Context, memory};
 use clap::ValueEnum;
@@ -30,10 +30,10 @@ pub(crate) struct Args {
     #[arg(long = "shape", value_name = "SHAPE", value_parser = Shape::from_str,
           default_values = ["9x8192x64:causal", "8x4096x128"])]
     shapes: Vec<Shape>,
-    /// dense, default, topk:F, cdf:T or cdf:T+topk:F; repeatable, or separated by commas
-    #[arg(long = "policy", value_name = "POLICY", value_delimiter = ',', value_parser = Policy::from_str,
-          default_values = ["dense", "default", "topk:0.5", "topk:0.15", "cdf:0.9"])]
-    policies: Vec<Policy>,
+    /// Policies, see `sparge eval --help`; repeatable, or separated by commas
+    #[arg(long = "policy", value_name = "POLICY", value_parser = Policies::from_str,
+          default_value = "dense,default,topk:0.5,topk:0.15,cdf:0.9")]
+    policies: Vec<Policies>,
     /// Timed repetitions
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     reps: u32,
@@ -209,8 +209,8 @@ fn one_shape<T: Element>(
         causal: shape.causal.then_some(Alignment::TopLeft),
         ..AttentionOptions::default()
     };
-    let plans = args
-        .policies
+    let policies = policy::flatten(&args.policies);
+    let plans = policies
         .iter()
         .map(|policy| Plan::new(shape.attention_shape(), &options, &policy.config(context.isa)))
         .collect::<sparge::Result<Vec<_>>>()?;
@@ -224,9 +224,9 @@ fn one_shape<T: Element>(
 
     let mut samples: Vec<Samples> = plans.iter().map(|_| Samples::default()).collect();
     for rep in 0..args.warmup.saturating_add(args.reps) {
-        for (plan, samples) in plans.iter().zip(&mut samples) {
+        for ((policy, plan), samples) in policies.iter().zip(&plans).zip(&mut samples) {
             let start = Instant::now();
-            let side = sparge::forward(plan, &q, &k, &v, &mut out)?;
+            let side = policy.forward(plan, &[q, k, v], &mut out)?;
             let total = start.elapsed().as_secs_f64();
             if rep >= args.warmup {
                 samples.total.push(total);
@@ -236,11 +236,10 @@ fn one_shape<T: Element>(
         }
     }
 
-    let dense = args.policies.iter().position(|p| *p == Policy::Dense);
+    let dense = policies.iter().position(|p| *p == Policy::DENSE);
     let dense_s = dense.map(|i| median(&samples[i].total));
     let name = shape.to_string();
-    Ok(args
-        .policies
+    Ok(policies
         .iter()
         .zip(&samples)
         .map(|(&policy, samples)| {

@@ -222,7 +222,7 @@ fn positive(text: &str) -> std::result::Result<usize, String> {
 }
 
 /// `block`, `16x16`, `16x16-2nd`, `QxK`, `QxK+var`. Whether the numbers fit is the operator's to say.
-fn pooling(text: &str) -> std::result::Result<Pooling, String> {
+pub(crate) fn pooling(text: &str) -> std::result::Result<Pooling, String> {
     let (size, second_order) = match text {
         "block" => return Ok(Pooling::BLOCK),
         _ => match text.strip_suffix("+var").or_else(|| text.strip_suffix("-2nd")) {

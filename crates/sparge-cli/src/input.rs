@@ -5,7 +5,8 @@ use crate::safetensor::{Reader, Stored, Tensor};
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
 use sparge::{
-    BLOCK_KV, BLOCK_Q, BlockMask, Dims, Element, ElementMask, Layout, Lengths, Strides, TensorView,
+    AttentionShape, BLOCK_KV, BLOCK_Q, BlockMask, Dims, Element, ElementMask, Layout, Lengths,
+    Strides, TensorView,
 };
 use std::ops::Range;
 
@@ -46,6 +47,61 @@ impl<T: Stored + Element> Qkv<T> {
         }
         shape
     }
+}
+
+impl Qkv<f32> {
+    /// Reads the tensors of one layer of a recording, `{prefix}q` and so on, of any element type.
+    pub(crate) fn widened(file: &mut Reader, layout: Layout, prefix: &str) -> Result<Self> {
+        fn wide<T: Stored + Element>(file: &mut Reader, name: &str) -> Result<Tensor<f32>> {
+            let Tensor { data, shape } = file.read::<T>(name)?;
+            let mut wide = vec![0.0; data.len()];
+            T::widen(&data, &mut wide);
+            Ok(Tensor { data: wide, shape })
+        }
+        let dtype = element_type(file, prefix)?;
+        let mut read = |name: &str| match dtype {
+            Dtype::F16 => wide::<f16>(file, &format!("{prefix}{name}")),
+            Dtype::BF16 => wide::<bf16>(file, &format!("{prefix}{name}")),
+            _ => file.read(&format!("{prefix}{name}")),
+        };
+        let [q, k, v] = [read("q")?, read("k")?, read("v")?];
+        Ok(Self { q, k, v, layout })
+    }
+}
+
+/// The shape of one layer of a recording, from the file's header.
+pub(crate) fn recorded_shape(
+    file: &Reader,
+    layout: Layout,
+    prefix: &str,
+) -> Result<AttentionShape> {
+    let of = |name: &str| {
+        let name = format!("{prefix}{name}");
+        dims(&name, &file.require(&name)?.shape, layout)
+    };
+    let (q, k, v) = (of("q")?, of("k")?, of("v")?);
+    for (name, a, b) in [
+        ("batch entries", q.batch, k.batch),
+        ("batch entries", k.batch, v.batch),
+        ("heads", k.heads, v.heads),
+        ("keys", k.len, v.len),
+        ("elements per head", q.dim, k.dim),
+    ] {
+        if a != b {
+            return Err(Error::input(format!(
+                "{prefix}q, k and v do not belong together: {a} and {b} {name}"
+            )));
+        }
+    }
+    Ok(AttentionShape {
+        batch: q.batch,
+        num_qo_heads: q.heads,
+        num_kv_heads: k.heads,
+        qo_len: q.len,
+        kv_len: k.len,
+        head_dim: q.dim,
+        head_dim_v: v.dim,
+    })
 }
 
 /// One head of one sequence of a call, as a call of its own.
@@ -103,11 +159,11 @@ fn slice<T: Copy>(
     Ok(TensorView::strided(data.get(start..).unwrap_or_default(), one, strides)?)
 }
 
-/// The dtype of q, which k and v must share.
-pub(crate) fn element_type(file: &Reader) -> Result<Dtype> {
-    let q = file.require("q")?.dtype;
+/// The dtype of `{prefix}q`, which k and v must share.
+pub(crate) fn element_type(file: &Reader, prefix: &str) -> Result<Dtype> {
+    let q = file.require(&format!("{prefix}q"))?.dtype;
     for name in ["k", "v"] {
-        let dtype = file.require(name)?.dtype;
+        let dtype = file.require(&format!("{prefix}{name}"))?.dtype;
         if dtype != q {
             return Err(Error::input(format!(
                 "'{name}' is {dtype:?} but 'q' is {q:?}; q, k and v must have one type"

@@ -5,6 +5,7 @@
 
 mod attend;
 mod bench;
+mod calibration;
 mod doctor;
 mod error;
 mod eval;
@@ -20,6 +21,7 @@ mod policy;
 mod run;
 mod safetensor;
 mod terminal;
+mod tune;
 
 use clap::{Parser, Subcommand};
 use error::Result;
@@ -82,6 +84,7 @@ enum Command {
     Run(Box<run::Args>),
     Attend(Box<attend::Args>),
     Eval(eval::Args),
+    Tune(Box<tune::Args>),
     Bench(bench::Args),
     Inspect(Box<inspect::Args>),
     Doctor(doctor::Args),
@@ -117,6 +120,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Run(args) => run::run(args, &context),
         Command::Eval(args) => eval::run(args, &context),
         Command::Attend(args) => attend::run(args, &context),
+        Command::Tune(args) => tune::run(args, &context),
         Command::Bench(args) => bench::run(args, &context),
         Command::Inspect(args) => inspect::run(args, &context),
         Command::Doctor(args) => doctor::run(args, &context),

@@ -1,15 +1,17 @@
 //! `sparge run`: a language model reads a long prompt through sparse attention.
 
 use crate::Context;
+use crate::calibration::CalibrationArgs;
 use crate::error::{Error, Result};
 use crate::flags::SelectionArgs;
 use crate::language::{Language, Layer, ModelArgs, Reading, TextArgs, TokenBar, layer_chart};
+use crate::policy::Policy;
 use crate::terminal::{self, Table, percent, seconds};
-use clap::ValueEnum;
 use serde::Serialize;
 use sparge::SpargeConfig;
-use sparge_candle::{GenerateOptions, Sampler, generate};
+use sparge_candle::{GenerateOptions, Sampler, SpargeAttention, generate};
 use std::ops::ControlFlow;
+use std::str::FromStr;
 
 /// Read a long prompt through sparse attention, and go on writing.
 ///
@@ -28,8 +30,9 @@ pub(crate) struct Args {
     /// Tokens to write
     #[arg(long, value_name = "N", default_value_t = 48)]
     max_new_tokens: usize,
-    /// Attention of the reading that the text is written after
-    #[arg(long, value_enum, default_value_t = PolicyArg::Sparge)]
+    /// Attention of the reading that the text is written after: sparge (as the selection flags say),
+    /// or a policy, see `sparge eval --help`
+    #[arg(long, value_name = "POLICY", value_parser = PolicyArg::from_str, default_value = "sparge")]
     policy: PolicyArg,
     /// Do not read the prompt a second time for the comparison with dense attention
     #[arg(long)]
@@ -45,14 +48,23 @@ pub(crate) struct Args {
     seed: u64,
     #[command(flatten)]
     selection: SelectionArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum PolicyArg {
-    /// Sparse, as the selection flags say
-    Sparge,
-    /// Exact
-    Dense,
+    /// Sparse, as the selection flags say.
+    Flags,
+    Named(Policy),
+}
+
+impl FromStr for PolicyArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == "sparge" { Ok(Self::Flags) } else { text.parse().map(Self::Named) }
+    }
 }
 
 /// What `--json` prints; null for what was not asked for.
@@ -81,20 +93,28 @@ struct Report {
 /// Runs the subcommand.
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let dense = SpargeConfig { isa: context.isa, ..SpargeConfig::dense() };
+    // The attention and the configuration that the model has to allow.
     let sparse = match args.policy {
-        PolicyArg::Sparge => Some(args.selection.config(context.isa)?),
-        PolicyArg::Dense if args.selection.is_empty() => None,
-        PolicyArg::Dense => {
+        PolicyArg::Flags => {
+            let config = args.selection.config(context.isa)?;
+            Some((SpargeAttention::new(config.clone()), config))
+        }
+        PolicyArg::Named(_) if !args.selection.is_empty() || args.calibration.path().is_some() => {
             return Err(Error::input(
-                "--policy dense leaves nothing to select; drop the selection flags, or use \
-                 --policy sparge",
+                "a named --policy leaves nothing to select; drop the selection flags and \
+                 --calibration, or use --policy sparge",
             ));
+        }
+        PolicyArg::Named(Policy::DENSE) => None,
+        PolicyArg::Named(policy) => {
+            Some((policy.attention(context.isa), policy.config(context.isa)))
         }
     };
     let mut sampler = Sampler::new(args.temperature.unwrap_or(0.0), args.top_p, args.seed)?;
     let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
-    language.check_config(sparse.as_ref().unwrap_or(&dense))?;
+    language.check_config(sparse.as_ref().map_or(&dense, |(_, config)| config))?;
+    let tuned = args.calibration.load(language.shape(), || language.sha256())?;
     let tokens = language.tokens(&text.text, args.context)?;
     language.check_context(tokens.len() + args.max_new_tokens)?;
 
@@ -109,9 +129,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         None
     };
     let sparse_reading = sparse
-        .map(|config| {
+        .map(|(attention, _)| {
             bar.say("sparse");
-            language.read(&tokens, args.max_new_tokens, &config, &bar, true)
+            let attention = match &tuned {
+                Some(calibration) => SpargeAttention::calibrated(calibration, context.isa)?,
+                None => attention,
+            };
+            language.read_as(&tokens, args.max_new_tokens, attention, &bar, true)
         })
         .transpose()?;
     drop(bar);

@@ -144,6 +144,51 @@ fn needle() {
 }
 
 #[test]
+fn needles_among_needles() {
+    for hay in [&["--keys", "3"][..], &["--haystack", "needles"]] {
+        let args = ["eval", "needle", "--context", "400", "--depth", "1", "--policy", "dense"];
+        let Some(ran) = with_model(&[&args[..], hay, &["--json"]].concat()) else { return };
+        let json = ran.json();
+        assert_eq!(json["results"][0]["trials"], 1, "{json}");
+        assert!(json["results"][0]["answer"].as_str().is_some_and(|a| !a.is_empty()), "{json}");
+    }
+}
+
+#[test]
+fn error_of_every_policy_in_one_reading() {
+    let args = [
+        "eval",
+        "error",
+        "--context",
+        "600",
+        "--every",
+        "15",
+        "--policy",
+        "dense,topk:0.5,minference:v=30,s=100,xattention:0.8",
+    ];
+    let Some(ran) = with_model(&[&args[..], &["--json"]].concat()) else { return };
+    let json = ran.json();
+    let results = json["results"].as_array().expect("a list");
+    assert_eq!(results.len(), 4);
+    assert_eq!(results[0]["rel_l1"], 0.0);
+    for row in &results[1..] {
+        assert_eq!(row["layers"].as_array().map(Vec::len), Some(2));
+        assert!(row["rel_l1"].as_f64().is_some_and(|e| e > 0.0 && e < 0.5), "{row}");
+        assert!(row["qk_sparsity"].as_f64().is_some_and(|s| s > 0.1), "{row}");
+    }
+    let Some(ran) = with_model(&args) else { return };
+    assert!(ran.ok().stdout.contains("relative L1"));
+}
+
+#[test]
+fn run_under_a_method() {
+    let args = ["run", "--context", "600", "--max-new-tokens", "4", "--json", "--policy"];
+    let Some(ran) = with_model(&[&args[..], &["flexprefill:0.9,min=128"]].concat()) else { return };
+    let json = ran.json();
+    assert!(json["ppl_dense"].is_number() && json["qk_sparsity"].as_f64().is_some_and(|s| s > 0.0));
+}
+
+#[test]
 fn inspect() {
     let files = Files::new();
     let picture = files.path("model.png");

@@ -3,6 +3,7 @@
 use crate::cpu::Isa;
 use crate::mask::BlockMask;
 use crate::tensor::TensorView;
+use serde::{Deserialize, Serialize};
 
 /// One value for every query head, or one each.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,8 +50,9 @@ impl<T> From<T> for PerHead<T> {
 /// top of it. A row with any reachable block keeps at least one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Selection {
-    /// The measured default: [`Selection::AUTO_CDF`] from [`Selection::AUTO_MIN_LEN`] keys on,
-    /// all blocks below it (there prediction costs more than it saves).
+    /// The measured default: [`Selection::AUTO_CDF`] where rows reach at least
+    /// [`Selection::AUTO_MIN_LEN`] keys, all blocks where they do not (there nearly all would be
+    /// kept, and prediction costs more than it saves).
     Auto,
     /// Every reachable block: exact attention.
     All,
@@ -73,8 +75,8 @@ pub enum Selection {
 impl Selection {
     /// τ of [`Selection::Auto`].
     pub const AUTO_CDF: f64 = 0.99;
-    /// Keys a sequence must have for [`Selection::Auto`] to predict; below, it is exact (stage 2
-    /// too is off there).
+    /// Keys that the rows of a sequence must reach (a window narrows it) for [`Selection::Auto`] to
+    /// predict; below, it is exact (stage 2 too is off there).
     pub const AUTO_MIN_LEN: usize = 1024;
     /// Queries likewise.
     pub const AUTO_MIN_QUERIES: usize = 16;
@@ -85,7 +87,7 @@ impl Selection {
 /// The paper pools a whole block into one mean ([`Pooling::BLOCK`]). Finer pooling scores
 /// sub-blocks and adds up their masses: 16×16 costs about 1% of dense attention and is much nearer
 /// to the true block masses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Pooling {
     /// Query rows per mean: a divisor of 128.
     pub q_rows: usize,

@@ -118,9 +118,25 @@ pub enum Error {
         /// The processor features it needs.
         needs: &'static str,
     },
+    /// A calibration that cannot be used: a file of another format, version or model, or data that
+    /// nothing can be learned from.
+    #[error("calibration: {0}")]
+    Calibration(String),
     /// A compressed mask that is not well formed.
     #[error("csr mask: {0}")]
     Csr(String),
+    /// A text that names no policy, or a setting that it does not have.
+    #[error(
+        "'{0}' is no policy; expected dense, window:TOKENS[,sinks=N], random:SHARE[,seed=N], \
+         minference:v=N,s=N, a-shape:init=N,local=N, block-sparse:N, \
+         flexprefill:GAMMA[,tau=T,min=TOKENS] or xattention:THRESHOLD[,stride=N]"
+    )]
+    Policy(String),
+    /// A text that names no order of tokens.
+    #[error(
+        "'{0}' is no order; expected row-major, column-major, time-major, hilbert, random or random:SEED"
+    )]
+    Order(String),
 }
 
 /// Shorthand for results of this crate.

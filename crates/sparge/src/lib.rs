@@ -9,13 +9,16 @@
 //! Read [`attention`] first, then [`SpargeConfig`] and [`AttentionOptions`].
 
 mod attention;
+pub mod calibrate;
 mod config;
 mod cpu;
 mod error;
 mod geometry;
 mod mask;
 pub mod metrics;
+pub mod permute;
 mod plan;
+pub mod policy;
 mod predict;
 mod quant;
 pub mod reference;

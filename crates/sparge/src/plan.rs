@@ -161,11 +161,13 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// What a head skips in a sequence. The default runs dense where prediction cannot pay: few
-    /// keys, or so few queries that predicting reads as much as attending.
+    /// What a head skips in a sequence. The default runs dense where prediction cannot pay: no row
+    /// reaches many keys (a short sequence, a narrow window: nearly all would be kept), or so few
+    /// queries that predicting reads as much as attending.
     pub(crate) fn head(&self, at: HeadAt) -> HeadPlan {
         let (head, seq) = (self.heads[at.head], &self.sequences[at.sequence]);
-        let short = seq.kv_len < Selection::AUTO_MIN_LEN || seq.q_len < Selection::AUTO_MIN_QUERIES;
+        let reach = self.visibility[at.sequence].reach(seq.q_len);
+        let short = reach < Selection::AUTO_MIN_LEN || seq.q_len < Selection::AUTO_MIN_QUERIES;
         if head.auto && short {
             HeadPlan { budget: Budget::All, lambda: f64::INFINITY, ..head }
         } else {
@@ -334,7 +336,19 @@ fn heads(shape: &AttentionShape, config: &SpargeConfig) -> Result<Vec<HeadPlan>>
         setting("cdf", cdf, cdf > 0.0 && cdf <= 1.0, "above 0 and at most 1")?;
         setting("top_k", top_k, top_k > 0.0 && top_k <= 1.0, "above 0 and at most 1")?;
     }
-    let budget = |selection| match selection {
+    Ok((0..n)
+        .map(|head| HeadPlan {
+            budget: budget(*config.selection.get(head)),
+            auto: *config.selection.get(head) == Selection::Auto && *config.theta.get(head) == 0.0,
+            theta: *config.theta.get(head),
+            lambda: *config.lambda.get(head),
+        })
+        .collect())
+}
+
+/// What a selection comes down to.
+pub(crate) fn budget(selection: Selection) -> Budget {
+    match selection {
         Selection::Auto => Budget::Some { cdf: Selection::AUTO_CDF, top_k: 0.0 },
         Selection::All => Budget::All,
         // Every block, whatever its mass: nothing to predict.
@@ -345,15 +359,7 @@ fn heads(shape: &AttentionShape, config: &SpargeConfig) -> Result<Vec<HeadPlan>>
         Selection::TopCdf(cdf) => Budget::Some { cdf, top_k: 0.0 },
         Selection::TopK(top_k) => Budget::Some { cdf: 0.0, top_k },
         Selection::Union { cdf, top_k } => Budget::Some { cdf, top_k },
-    };
-    Ok((0..n)
-        .map(|head| HeadPlan {
-            budget: budget(*config.selection.get(head)),
-            auto: *config.selection.get(head) == Selection::Auto && *config.theta.get(head) == 0.0,
-            theta: *config.theta.get(head),
-            lambda: *config.lambda.get(head),
-        })
-        .collect())
+    }
 }
 
 fn counted<T>(name: &'static str, values: &PerHead<T>, num_qo_heads: usize) -> Result<()> {

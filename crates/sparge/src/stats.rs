@@ -1,9 +1,10 @@
 //! What a call skipped, and how long its stages took.
 
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Counts of one query head. A group is 16 query rows of one block pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct HeadStats {
     /// Blocks that hold at least one pair the masks allow.
     pub reachable_blocks: u64,

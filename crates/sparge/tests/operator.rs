@@ -213,6 +213,19 @@ fn default_runs_dense_below_the_crossover() {
         let out = attention(&x, &x, &x, &AttentionOptions::default(), &explicit).unwrap();
         assert!(out.stats.qk_sparsity() > 0.3, "{len}");
     }
+    // What counts is how far a row reaches, not how long the sequence is.
+    let x = structured(1, 1, 2 * Selection::AUTO_MIN_LEN, 8);
+    let x = view(&x, 1, 2 * Selection::AUTO_MIN_LEN, 8);
+    for (left, predicts) in [(Selection::AUTO_MIN_LEN - 2, false), (Selection::AUTO_MIN_LEN, true)]
+    {
+        let options = AttentionOptions {
+            causal: Some(Alignment::TopLeft),
+            window: Some(Window { left: Some(left), right: Some(0) }),
+            ..Default::default()
+        };
+        let out = attention(&x, &x, &x, &options, &config).unwrap();
+        assert_eq!(out.stats.predict.is_zero(), !predicts, "{left}");
+    }
 }
 
 #[test]

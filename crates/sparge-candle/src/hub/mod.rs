@@ -8,7 +8,7 @@ mod pypi;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-pub use download::{Bar, Progress};
+pub use download::{Bar, Progress, file_sha256};
 pub use pins::{MODELS, NamedModel};
 
 use crate::error::{Error, Result};

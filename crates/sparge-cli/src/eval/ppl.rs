@@ -1,9 +1,10 @@
 //! `sparge eval ppl`: perplexity and time by context length and policy.
 
 use crate::Context;
+use crate::calibration::{Contender, TunedArgs};
 use crate::error::{Error, Result};
 use crate::language::{Language, ModelArgs, TextArgs, TokenBar};
-use crate::policy::Policy;
+use crate::policy::{self, Policies};
 use crate::terminal::{self, Table, percent, seconds};
 use serde::Serialize;
 use sparge::HeadStats;
@@ -25,10 +26,12 @@ pub(crate) struct Args {
     /// Consecutive windows of the text to read at each length
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     windows: u32,
-    /// dense, default, topk:F, cdf:T or cdf:T+topk:F; repeatable, or separated by commas
-    #[arg(long = "policy", value_name = "POLICY", value_delimiter = ',', value_parser = Policy::from_str,
-          default_values = ["dense", "default", "topk:0.5"])]
-    policies: Vec<Policy>,
+    /// Policies, see `sparge eval --help`; repeatable, or separated by commas
+    #[arg(long = "policy", value_name = "POLICY", value_parser = Policies::from_str,
+          default_value = "dense,default,topk:0.5")]
+    policies: Vec<Policies>,
+    #[command(flatten)]
+    tuned: TunedArgs,
 }
 
 #[derive(Debug, Serialize)]
@@ -42,7 +45,7 @@ struct Report {
 #[derive(Debug, Serialize)]
 struct Row {
     context: usize,
-    policy: Policy,
+    policy: String,
     windows: u32,
     ppl: f64,
     /// ppl over dense ppl − 1, where dense was among the policies.
@@ -60,9 +63,8 @@ struct Row {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
-    for policy in &args.policies {
-        language.check_config(&policy.config(context.isa))?;
-    }
+    let policies = policy::flatten(&args.policies);
+    let policies = args.tuned.contenders(&policies, &language, context.isa)?;
     for &length in &args.context {
         language.check_context(length)?;
         if length < 2 {
@@ -80,18 +82,18 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             tokens.len()
         )));
     }
-    let all = args.context.iter().sum::<usize>() * windows * args.policies.len();
+    let all = args.context.iter().sum::<usize>() * windows * policies.len();
     let bar = TokenBar::new(all);
     bar.say("loading");
     language.warm_up()?;
     let mut results = Vec::new();
     for &length in &args.context {
         let mut rows = Vec::new();
-        for &policy in &args.policies {
-            bar.say(format!("{policy} at {length}"));
-            rows.push(measure(&language, &tokens, length, args.windows, policy, context, &bar)?);
+        for policy in &policies {
+            bar.say(format!("{} at {length}", policy.0));
+            rows.push(measure(&language, &tokens, length, args.windows, policy, &bar)?);
         }
-        let dense = rows.iter().find(|r| r.policy == Policy::Dense).map(|r| (r.ppl, r.ttft_s));
+        let dense = rows.iter().find(|r| r.policy == "dense").map(|r| (r.ppl, r.ttft_s));
         for row in &mut rows {
             row.ppl_change = dense.map(|(ppl, _)| row.ppl / ppl - 1.0);
             row.speedup = dense.map(|(_, ttft)| ttft / row.ttft_s);
@@ -113,31 +115,30 @@ fn measure(
     tokens: &[u32],
     length: usize,
     windows: u32,
-    policy: Policy,
-    context: &Context,
+    (policy, attention): &Contender,
     bar: &TokenBar,
 ) -> Result<Row> {
     let (mut nll, mut count) = (0.0, 0);
-    let (mut ttft, mut attention, mut predict) = (0.0, 0.0, 0.0);
+    let (mut ttft, mut attend, mut predict) = (0.0, 0.0, 0.0);
     let mut stats = HeadStats::default();
     for window in tokens.chunks_exact(length).take(windows as usize) {
-        let reading = language.read(window, 0, &policy.config(context.isa), bar, true)?;
+        let reading = language.read_as(window, 0, attention.clone(), bar, true)?;
         nll += reading.prefill.nll.iter().map(|&x| f64::from(x)).sum::<f64>();
         count += reading.prefill.nll.len();
         ttft += reading.ttft_s();
-        attention += reading.attention_s();
+        attend += reading.attention_s();
         predict += reading.attention.times().0.as_secs_f64();
         stats = stats + reading.attention.total();
     }
     let n = f64::from(windows);
     Ok(Row {
         context: length,
-        policy,
+        policy: policy.clone(),
         windows,
         ppl: (nll / count as f64).exp(),
         ppl_change: None,
         ttft_s: ttft / n,
-        attention_s: attention / n,
+        attention_s: attend / n,
         predict_s: predict / n,
         qk_sparsity: stats.qk_sparsity(),
         pv_sparsity: stats.pv_sparsity(),
@@ -161,7 +162,7 @@ fn render(report: &Report) -> String {
     for row in &report.results {
         table.row([
             row.context.to_string(),
-            row.policy.to_string(),
+            row.policy.clone(),
             format!("{:.3}", row.ppl),
             row.ppl_change.map_or("–".into(), |x| format!("{:+.2}%", 100.0 * x)),
             seconds(row.ttft_s),

@@ -95,7 +95,7 @@ pub(super) fn draw<T: Element>(
 ///
 /// Attention over values that say which block a key is in: the operator's output then is the mass
 /// of every block, under all of its masks.
-fn exact_masses<T: Element>(
+pub(crate) fn exact_masses<T: Element>(
     q: &TensorView<'_, T>,
     k: &TensorView<'_, T>,
     options: &AttentionOptions<'_>,

@@ -1,8 +1,12 @@
 //! `sparge inspect`: pictures of what is computed and what is skipped.
 
+mod calibration;
 mod head;
+mod html;
 mod model;
 mod tensors;
+
+pub(crate) use head::exact_masses;
 
 use crate::Context;
 use crate::error::{Error, Result};
@@ -10,22 +14,26 @@ use crate::flags::{LayoutArg, SelectionArgs, VisibilityArgs};
 use crate::language::{ModelArgs, TextArgs};
 use std::path::PathBuf;
 
-/// Draw what is computed and what is skipped as a PNG.
+/// Draw what is computed and what is skipped.
 ///
 /// With IN.safetensors (as for `sparge attend`): the block mask of one head, the
 /// pooled map it was selected from, and the true block masses. With --model: the skipped share of
-/// every layer and head while the model reads a text, or with --layer the maps of one head.
+/// every layer and head while the model reads a text, or with --layer the maps of one head. With
+/// --calibration: what sparge tune found, as a picture (.png) or a page (.html).
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Tensors q, k and v
     #[arg(value_name = "IN.safetensors", conflicts_with = "model")]
     input: Option<PathBuf>,
-    /// The picture
+    /// The picture, or with --calibration also a page
     #[arg(short, long, value_name = "OUT.png")]
     output: PathBuf,
     /// Instead of tensors: smollm2-135m, another model's name, Hugging Face id, or .gguf file
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
+    /// Instead of tensors: a file that sparge tune wrote
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "model", "topk", "cdf", "theta", "lambda", "pooling", "keep_first", "qk", "causal", "window", "head"])]
+    calibration: Option<PathBuf>,
     /// Which .gguf file of a Hugging Face id
     #[arg(long, value_name = "FILE", requires = "model")]
     model_file: Option<String>,
@@ -58,9 +66,12 @@ pub(crate) struct Args {
 /// Runs the subcommand.
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     crate::output::check_writable(&args.output)?;
+    if let Some(calibration) = &args.calibration {
+        return calibration::run(args, calibration, context);
+    }
     match (&args.input, &args.model) {
         (None, None) => Err(Error::input(
-            "nothing to draw; give a safetensors file with q, k and v, or --model",
+            "nothing to draw; give a safetensors file with q, k and v, --model or --calibration",
         )),
         (Some(_), _) if args.text.prompt_file.is_some() || args.context.is_some() => Err(
             Error::input("--prompt-file and --context are for --model; drop them, or use --model"),

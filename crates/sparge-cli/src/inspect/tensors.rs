@@ -26,7 +26,7 @@ struct Report {
 
 pub(super) fn run(args: &Args, input: &Path, context: &Context) -> Result<()> {
     let mut file = Reader::open(input)?;
-    let report = match element_type(&file)? {
+    let report = match element_type(&file, "")? {
         Dtype::F16 => draw::<f16>(args, &mut file, context),
         Dtype::BF16 => draw::<bf16>(args, &mut file, context),
         _ => draw::<f32>(args, &mut file, context),

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sparge::{Alignment, AttentionOptions, AttentionShape, HeadStats, Plan, SpargeConfig};
 use sparge_candle::attention::Attention;
-use sparge_candle::hub::{Bar, Hub, HubOptions};
+use sparge_candle::hub::{Bar, Hub, HubOptions, file_sha256};
 use sparge_candle::models::{KvCache, Model, Prefill, PrefillOptions};
 use sparge_candle::{SpargeAttention, Tokenizer};
 use std::fs::File;
@@ -45,6 +45,7 @@ pub(crate) struct TextArgs {
 #[derive(Debug)]
 pub(crate) struct Language {
     pub(crate) name: String,
+    path: PathBuf,
     pub(crate) model: Model,
     pub(crate) tokenizer: Tokenizer,
 }
@@ -65,7 +66,18 @@ impl Language {
         let path = hub(context)?.model(&args.model, args.model_file.as_deref(), &mut Bar::new())?;
         let model = Model::open(&path)?;
         let tokenizer = Tokenizer::from_gguf(model.header())?;
-        Ok(Self { name: args.model.clone(), model, tokenizer })
+        Ok(Self { name: args.model.clone(), path, model, tokenizer })
+    }
+
+    /// The checksum of the model's file.
+    pub(crate) fn sha256(&self) -> Result<String> {
+        Ok(file_sha256(&self.path)?)
+    }
+
+    /// `[layers, query heads, key/value heads, elements per head]`, as calibrations have it.
+    pub(crate) fn shape(&self) -> [usize; 4] {
+        let c = self.model.config();
+        [c.num_layers, c.num_qo_heads, c.num_kv_heads, c.head_dim]
     }
 
     /// Checks that `tokens` fit the model's context.
@@ -134,8 +146,22 @@ impl Language {
         bar: &TokenBar,
         score: bool,
     ) -> Result<Reading> {
-        let mut attention = SpargeAttention::new(config.clone());
-        let (prefill, cache) = self.read_with(tokens, room, &mut attention, bar, score)?;
+        self.read_as(tokens, room, SpargeAttention::new(config.clone()), bar, score)
+    }
+
+    /// The same with an attention that counts; in one piece where its policy looks at the last
+    /// queries first.
+    pub(crate) fn read_as(
+        &self,
+        tokens: &[u32],
+        room: usize,
+        mut attention: SpargeAttention,
+        bar: &TokenBar,
+        score: bool,
+    ) -> Result<Reading> {
+        let chunk = if attention.looks_ahead() { tokens.len() } else { CHUNK };
+        let read = Prompt { tokens, room, chunk, score };
+        let (prefill, cache) = self.prefill(&read, &mut attention, bar)?;
         Ok(Reading { prefill, cache, attention })
     }
 
@@ -148,6 +174,17 @@ impl Language {
         bar: &TokenBar,
         score: bool,
     ) -> Result<(Prefill, KvCache)> {
+        self.prefill(&Prompt { tokens, room, chunk: CHUNK, score }, attention, bar)
+    }
+
+    /// The same in chunks of any size.
+    pub(crate) fn prefill(
+        &self,
+        read: &Prompt<'_>,
+        attention: &mut dyn Attention,
+        bar: &TokenBar,
+    ) -> Result<(Prefill, KvCache)> {
+        let &Prompt { tokens, room, chunk, score } = read;
         let mut cache = KvCache::new(self.model.config(), tokens.len() + room)?;
         let mut before = 0;
         let mut progress = |read: usize| {
@@ -155,10 +192,24 @@ impl Language {
             before = read;
             ControlFlow::Continue(())
         };
-        let options = PrefillOptions { score, progress: Some(&mut progress), ..Default::default() };
+        let options = PrefillOptions { chunk, score, progress: Some(&mut progress) };
         let prefill = self.model.prefill(tokens, &mut cache, attention, options)?;
         Ok((prefill, cache))
     }
+}
+
+/// Tokens that go through the layers together.
+const CHUNK: usize = 1024;
+
+/// What to read, and how.
+pub(crate) struct Prompt<'a> {
+    pub(crate) tokens: &'a [u32],
+    /// Tokens the cache keeps room for.
+    pub(crate) room: usize,
+    /// Tokens that go through the layers together.
+    pub(crate) chunk: usize,
+    /// Whether to score every token.
+    pub(crate) score: bool,
 }
 
 /// What reading a prompt gave.
@@ -249,6 +300,11 @@ impl TokenBar {
             bar.set_style(style);
         }
         Self(bar)
+    }
+
+    /// Counts `tokens` that did not have to be read, or were read at once.
+    pub(crate) fn skip(&self, tokens: usize) {
+        self.0.inc(tokens as u64);
     }
 
     /// What is being read now.

@@ -23,6 +23,8 @@ pub(crate) enum Scale {
     Log { from: i32, label: &'static str },
     /// Shares from 0 to 1.
     Linear { label: &'static str },
+    /// Values from 0 to `most`.
+    UpTo { most: f32, label: &'static str },
 }
 
 /// An axis: what it counts, and how much a cell stands for.
@@ -118,6 +120,7 @@ impl Panel {
             Scale::Binary { .. } => mix(OFF, ON, value),
             Scale::Log { from, .. } => ramp(1.0 - value.max(1e-30).log10() / from as f32),
             Scale::Linear { .. } => ramp(value),
+            Scale::UpTo { most, .. } => ramp(value / most),
         }
     }
 }
@@ -230,15 +233,16 @@ fn draw_scale(canvas: &mut Canvas, panel: &Panel, x: usize, y: usize) {
             }
             return;
         }
-        Scale::Log { from, label } => (format!("10{}", superscript(*from)), "1", *label),
-        Scale::Linear { label } => ("0".to_owned(), "1", *label),
+        Scale::Log { from, label } => (format!("10{}", superscript(*from)), "1".to_owned(), *label),
+        Scale::Linear { label } => ("0".to_owned(), "1".to_owned(), *label),
+        Scale::UpTo { most, label } => ("0".to_owned(), most.to_string(), *label),
     };
     for i in 0..WIDTH {
         canvas.fill(x + i, y, 1, HEIGHT, ramp(i as f32 / (WIDTH - 1) as f32));
     }
     canvas.frame(x, y, WIDTH, HEIGHT, FRAME);
     canvas.text(&from, (x, y + HEIGHT + 15), SMALL, Anchor::Left);
-    canvas.text(to, (x + WIDTH, y + HEIGHT + 15), SMALL, Anchor::Right);
+    canvas.text(&to, (x + WIDTH, y + HEIGHT + 15), SMALL, Anchor::Right);
     canvas.text(label, (x, y + HEIGHT + 34), SMALL, Anchor::Left);
     if nothing {
         key(canvas, x + WIDTH + 24, NOTHING, "none");

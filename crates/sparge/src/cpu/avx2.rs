@@ -53,21 +53,27 @@ impl Simd for Avx2 {
         unsafe { _mm256_setzero_si256() }
     }
     #[inline(always)]
-    fn dot4(self, acc: __m256i, q: &[u8; 32], k: [i8; 4]) -> __m256i {
+    fn load_bytes(self, from: &[u8; 32]) -> __m256i {
+        // SAFETY: `self` proves AVX2; the array is 32 readable bytes and the load is unaligned.
+        unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn splat_bytes(self, k: [i8; 4]) -> __m256i {
+        // SAFETY: `self` proves AVX2; no memory is touched.
+        unsafe { _mm256_set1_epi32(i32::from_le_bytes(k.map(|k| k as u8))) }
+    }
+    #[inline(always)]
+    fn dot4(self, acc: __m256i, q: __m256i, k: __m256i) -> __m256i {
         // Bytes 0 and 2 of each group, then 1 and 3, as 16-bit products: exact, where the
         // shorter maddubs would saturate.
-        // SAFETY: `self` proves AVX2; the array is 32 readable bytes and the load is unaligned.
+        // SAFETY: `self` proves AVX2; no memory is touched.
         unsafe {
-            let q = _mm256_loadu_si256(q.as_ptr().cast());
-            let pair = |a: i8, b: i8| {
-                let a = u32::from(i16::from(a) as u16);
-                let b = u32::from(i16::from(b) as u16);
-                _mm256_set1_epi32((a | b << 16) as i32)
-            };
-            let even = _mm256_and_si256(q, _mm256_set1_epi16(0xff));
-            let odd = _mm256_srli_epi16::<8>(q);
-            let sum = _mm256_add_epi32(acc, _mm256_madd_epi16(even, pair(k[0], k[2])));
-            _mm256_add_epi32(sum, _mm256_madd_epi16(odd, pair(k[1], k[3])))
+            let q_even = _mm256_and_si256(q, _mm256_set1_epi16(0xff));
+            let q_odd = _mm256_srli_epi16::<8>(q);
+            let k_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(k));
+            let k_odd = _mm256_srai_epi16::<8>(k);
+            let sum = _mm256_add_epi32(acc, _mm256_madd_epi16(q_even, k_even));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(q_odd, k_odd))
         }
     }
     #[inline(always)]

@@ -53,14 +53,19 @@ impl Simd for Avx512 {
         unsafe { _mm512_setzero_si512() }
     }
     #[inline(always)]
-    fn dot4(self, acc: __m512i, q: &[u8; 64], k: [i8; 4]) -> __m512i {
-        // SAFETY: `self` proves AVX-512 VNNI; the array is 64 readable bytes and the load is
-        // unaligned.
-        unsafe {
-            let q = _mm512_loadu_si512(q.as_ptr().cast());
-            let k = _mm512_set1_epi32(i32::from_le_bytes(k.map(|k| k as u8)));
-            _mm512_dpbusd_epi32(acc, q, k)
-        }
+    fn load_bytes(self, from: &[u8; 64]) -> __m512i {
+        // SAFETY: `self` proves AVX-512; the array is 64 readable bytes and the load is unaligned.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn splat_bytes(self, k: [i8; 4]) -> __m512i {
+        // SAFETY: `self` proves AVX-512; no memory is touched.
+        unsafe { _mm512_set1_epi32(i32::from_le_bytes(k.map(|k| k as u8))) }
+    }
+    #[inline(always)]
+    fn dot4(self, acc: __m512i, q: __m512i, k: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 VNNI; no memory is touched.
+        unsafe { _mm512_dpbusd_epi32(acc, q, k) }
     }
     #[inline(always)]
     fn to_f32(self, x: __m512i, offset: i32) -> __m512 {

@@ -272,9 +272,10 @@ fn qk_i8_panels<S: Simd, const NV: usize>(
         let bytes: &[S::Bytes] = bytemuck::cast_slice(bytes);
         let column = panel * NV * S::LANES;
         let mut key = 0;
-        while key + 6 <= k.rows.len {
-            qk_i8_tile::<S, 6, NV>(simd, q, bytes, k, key, shift, s, column);
-            key += 6;
+        // Four keys by `NV` vectors already hide the latency, and a whole block leaves no remainder.
+        while key + 4 <= k.rows.len {
+            qk_i8_tile::<S, 4, NV>(simd, q, bytes, k, key, shift, s, column);
+            key += 4;
         }
         while key < k.rows.len {
             qk_i8_tile::<S, 1, NV>(simd, q, bytes, k, key, shift, s, column);
@@ -301,22 +302,28 @@ fn qk_i8_tile<S: Simd, const MR: usize, const NV: usize>(
         rows[i] = &bytemuck::cast_slice(k.rows.row(key + i))[..bytes.len() / NV];
     }
     for (d, bytes) in bytes.chunks_exact(NV).enumerate() {
+        let mut b = [simd.zero_i32(); NV];
+        for v in 0..NV {
+            b[v] = simd.load_bytes(&bytes[v]);
+        }
         for i in 0..MR {
+            let a = simd.splat_bytes(rows[i][d]);
             for v in 0..NV {
-                acc[i][v] = simd.dot4(acc[i][v], &bytes[v], rows[i][d]);
+                acc[i][v] = simd.dot4(acc[i][v], b[v], a);
             }
         }
     }
-    for v in 0..NV {
-        let columns = column + v * S::LANES..column + (v + 1) * S::LANES;
-        let scale = simd.load(one(&q.scales[columns.clone()]));
-        let shift = simd.load(one(&shift[columns.clone()]));
-        for i in 0..MR {
-            let dot = simd.to_f32(acc[i][v], 128 * k.sums[key + i]);
-            let scaled = simd.mul(dot, simd.splat(k.scales[key + i]));
-            let at = (key + i) * s.pitch;
-            let out = &mut s.data[at + columns.start..at + columns.end];
-            simd.store(simd.fma(scaled, scale, shift), one_mut(out));
+    let columns = column..column + NV * S::LANES;
+    let scale: &[S::Array] = bytemuck::cast_slice(&q.scales[columns.clone()]);
+    let shift: &[S::Array] = bytemuck::cast_slice(&shift[columns]);
+    let (scales, sums) = (&k.scales[key..][..MR], &k.sums[key..][..MR]);
+    for i in 0..MR {
+        let at = (key + i) * s.pitch + column;
+        let out: &mut [S::Array] = bytemuck::cast_slice_mut(&mut s.data[at..at + NV * S::LANES]);
+        for v in 0..NV {
+            let dot = simd.to_f32(acc[i][v], 128 * sums[i]);
+            let scaled = simd.mul(dot, simd.splat(scales[i]));
+            simd.store(simd.fma(scaled, simd.load(&scale[v]), simd.load(&shift[v])), &mut out[v]);
         }
     }
 }

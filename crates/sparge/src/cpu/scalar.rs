@@ -80,9 +80,18 @@ impl Simd for Scalar {
         [0; LANES]
     }
     #[inline(always)]
-    fn dot4(self, acc: Self::I, q: &Self::Bytes, k: [i8; 4]) -> Self::I {
+    fn load_bytes(self, from: &Self::Bytes) -> Self::I {
+        std::array::from_fn(|lane| i32::from_le_bytes(std::array::from_fn(|i| from[4 * lane + i])))
+    }
+    #[inline(always)]
+    fn splat_bytes(self, k: [i8; 4]) -> Self::I {
+        [i32::from_le_bytes(k.map(|k| k as u8)); LANES]
+    }
+    #[inline(always)]
+    fn dot4(self, acc: Self::I, q: Self::I, k: Self::I) -> Self::I {
         std::array::from_fn(|lane| {
-            (0..4).fold(acc[lane], |sum, i| sum + i32::from(q[4 * lane + i]) * i32::from(k[i]))
+            let pairs = q[lane].to_le_bytes().into_iter().zip(k[lane].to_le_bytes());
+            pairs.fold(acc[lane], |sum, (q, k)| sum + i32::from(q) * i32::from(k as i8))
         })
     }
     #[inline(always)]

@@ -37,8 +37,12 @@ pub(crate) trait Simd: Copy {
 
     /// `LANES` zeros.
     fn zero_i32(self) -> Self::I;
-    /// acc + Σ q[4·lane + i]·k[i] per lane, exact.
-    fn dot4(self, acc: Self::I, q: &Self::Bytes, k: [i8; 4]) -> Self::I;
+    /// `LANES` groups of four bytes.
+    fn load_bytes(self, from: &Self::Bytes) -> Self::I;
+    /// The same four bytes in every lane.
+    fn splat_bytes(self, k: [i8; 4]) -> Self::I;
+    /// acc + Σ q[4·lane + i]·k[4·lane + i] per lane, exact; q unsigned, k signed.
+    fn dot4(self, acc: Self::I, q: Self::I, k: Self::I) -> Self::I;
     /// The integers minus `offset`, as floats.
     fn to_f32(self, x: Self::I, offset: i32) -> Self::F;
 

@@ -58,7 +58,7 @@ struct Strip {
 
 /// f32 copies of the tiles that cannot be read in place.
 #[derive(Debug, Default)]
-struct Stage {
+pub(super) struct Stage {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -110,15 +110,15 @@ impl Worker {
 }
 
 /// A key block as a strip meets it.
-struct Tile<'a> {
-    at: HeadAt,
-    keys: Range<usize>,
-    coverage: Coverage,
-    k: Rows<'a>,
+pub(super) struct Tile<'a> {
+    pub(super) at: HeadAt,
+    pub(super) keys: Range<usize>,
+    pub(super) coverage: Coverage,
+    pub(super) k: Rows<'a>,
     /// The same keys in int8, and their mean, where they were quantised.
-    k8: Option<(QuantizedRows<'a>, Rows<'a>)>,
-    v: Rows<'a>,
-    pitch: usize,
+    pub(super) k8: Option<(QuantizedRows<'a>, Rows<'a>)>,
+    pub(super) v: Rows<'a>,
+    pub(super) pitch: usize,
 }
 
 impl Strip {
@@ -268,7 +268,7 @@ impl Running {
 impl Stage {
     /// The key and value tile, in place where they are f32 (and V a whole number of vectors wide),
     /// as f32 copies otherwise.
-    fn tiles<'s, T: Element>(
+    pub(super) fn tiles<'s, T: Element>(
         &'s mut self,
         plan: &Plan<'_>,
         x: &Qkv<'s, T>,
@@ -308,7 +308,12 @@ impl Stage {
 }
 
 /// Sets what a row may not see to −∞ and adds the bias, in log2 units.
-fn apply_mask(plan: &Plan<'_>, tile: &Tile<'_>, rows: &Range<usize>, s: &mut Scores<'_>) {
+pub(super) fn apply_mask(
+    plan: &Plan<'_>,
+    tile: &Tile<'_>,
+    rows: &Range<usize>,
+    s: &mut Scores<'_>,
+) {
     for (column, i) in rows.clone().enumerate() {
         let row = plan.row(tile.at, i);
         for (key, j) in tile.keys.clone().enumerate() {

@@ -86,6 +86,20 @@ impl Visibility {
         RowKeys { sink: self.sink, lo: self.lo(i), hi: self.hi(i) }
     }
 
+    /// An upper bound on the keys that any of the first `q_len` rows sees.
+    pub(crate) fn reach(&self, q_len: usize) -> usize {
+        let seen = q_len.checked_sub(1).map_or(0, |last| self.hi(last));
+        match (self.left, self.right) {
+            (Some(left), Some(right)) => {
+                let window = left.saturating_add(right).saturating_add(1);
+                seen.min(window.saturating_add(self.sink))
+            }
+            // The window's near end only moves away: the first row sees most.
+            (Some(_), None) => self.kv_len - self.lo(0) + self.sink.min(self.lo(0)),
+            (None, _) => seen,
+        }
+    }
+
     /// How much of `rows` × `keys` is visible. `keys` does not cross the end of the sinks.
     pub(crate) fn tile(&self, rows: &Range<usize>, keys: &Range<usize>) -> Coverage {
         if rows.is_empty() || keys.is_empty() {
@@ -110,6 +124,16 @@ impl Visibility {
             return Coverage::Empty;
         }
         if in_sink || self.lo(reaching) < keys.end { Coverage::Partial } else { Coverage::Empty }
+    }
+
+    /// The key position that row `i` is aligned with; it may lie outside the keys.
+    pub(crate) fn position(&self, i: usize) -> isize {
+        self.offset.saturating_add_unsigned(i)
+    }
+
+    /// Whether no row sees keys after its position.
+    pub(crate) fn is_causal(&self) -> bool {
+        self.right == Some(0)
     }
 
     /// Whether any row is cut at a diagonal.
@@ -156,6 +180,10 @@ mod tests {
                             ..Default::default()
                         };
                         let vis = Visibility::new(&options, &seq);
+                        let seen = |i| (0..kv_len).filter(|&j| vis.row(i).sees(j)).count();
+                        let widest = (0..q_len).map(seen).max().unwrap_or(0);
+                        assert!(vis.reach(q_len) >= widest, "{vis:?}");
+                        assert!(vis.reach(q_len) <= widest + BLOCK_KV, "{vis:?} {widest}");
                         for r0 in (0..q_len).step_by(16) {
                             let rows = r0..(r0 + 16).min(q_len);
                             for k0 in (0..kv_len).step_by(16) {

@@ -9,9 +9,10 @@ use crate::geometry::{AttentionShape, Coverage};
 use crate::mask::BlockMask;
 use crate::plan::{Budget, HeadAt, Plan};
 use crate::tensor::{Element, TensorView};
-use pool::PooledKeys;
+pub(crate) use pool::PooledKeys;
 use rayon::prelude::*;
-use score::Scorer;
+pub(crate) use score::Scorer;
+pub(crate) use select::RowScores;
 
 /// Predicts the blocks that `plan`'s heads attend to.
 ///

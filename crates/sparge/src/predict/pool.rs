@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// One key/value head, pooled.
 #[derive(Debug)]
-pub(super) struct PooledKeys {
+pub(crate) struct PooledKeys {
     /// `[sub-block][features]`: the mean, then (second order) the variance per dimension.
     pub(super) features: Vec<f32>,
     /// Elements per sub-block in `features`.
@@ -21,7 +21,8 @@ pub(super) struct PooledKeys {
 }
 
 impl PooledKeys {
-    pub(super) fn new<T: Element>(
+    /// Pools `k`.
+    pub(crate) fn new<T: Element>(
         plan: &Plan<'_>,
         k: &TensorView<'_, T>,
         sequence: usize,

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// Scratch of one thread.
 #[derive(Debug, Default)]
-pub(super) struct Scorer {
+pub(crate) struct Scorer {
     rows: Vec<f32>,
     features: Vec<f32>,
     packed: PackedQ,
@@ -23,7 +23,7 @@ pub(super) struct Scorer {
 
 impl Scorer {
     /// Scores query block `q_block` of `at` against every block it can reach.
-    pub(super) fn row<T: Element>(
+    pub(crate) fn row<T: Element>(
         &mut self,
         plan: &Plan<'_>,
         q: &TensorView<'_, T>,

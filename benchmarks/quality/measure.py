@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Measures one table and keeps its raw record.
+
+    python benchmarks/quality/measure.py TABLE [--sparge target/release/sparge] [--wikitext FILE]
+
+writes benchmarks/quality/records/TABLE.json: the commands, when and on what they ran, and each
+command's JSON as it came. `report.py TABLE` turns the record into docs/results/TABLE.md and .png.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+OURS = [
+    "default", "cdf:0.995", "cdf:0.98", "cdf:0.95", "cdf:0.9", "cdf:0.8", "topk:0.7", "topk:0.5",
+    "topk:0.3",
+]
+PAPER = [f"cdf:{t},pool=block,lambda=inf" for t in (0.99, 0.95, 0.9, 0.8, 0.6)]
+MINFERENCE = [f"minference:v={v},s={s}" for v, s in ((30, 100), (30, 200), (60, 400), (30, 800), (120, 400))]
+FLEXPREFILL = [f"flexprefill:{g},min=128" for g in (0.99, 0.95, 0.9, 0.8, 0.6)]
+XATTENTION = [f"xattention:{t}" for t in (0.98, 0.95, 0.9, 0.8, 0.6)]
+CONTROLS = [
+    "window:2048", "window:1024", "window:512", "random:0.8", "random:0.6", "random:0.4",
+    "block-sparse:16", "block-sparse:8",
+]
+
+
+def ppl(policies: list[str], context: str = "4096", *more: str) -> list[str]:
+    return ["eval", "ppl", "--context", context, "--policy", ",".join(policies), *more]
+
+
+def error(policies: list[str], context: str, every: int) -> list[str]:
+    listed = ",".join(policies)
+    return ["eval", "error", "--context", context, "--every", str(every), "--policy", listed]
+
+
+#: What each table runs. `{image}`, `{clip}` are made by features.py, `{wikitext}` is given.
+TABLES: dict[str, list[list[str]]] = {
+    # Equal error: one dense reading, every third layer.
+    "error": [error(OURS + PAPER + MINFERENCE + FLEXPREFILL + XATTENTION + CONTROLS, "4096", 3)],
+    # Tables 1, 5, 6, 10 of the paper: one reading for each policy.
+    "perplexity": [
+        ppl(["dense", "default", "default,lambda=inf", "dense,lambda=6", "cdf:0.95", "cdf:0.9",
+             "topk:0.5", "cdf:0.95,pool=block,lambda=inf", "cdf:0.9,pool=block,lambda=inf",
+             "cdf:0.9,pool=block,theta=0.3,lambda=inf", "minference:v=60,s=400",
+             "minference:v=30,s=200", "flexprefill:0.95,min=128", "flexprefill:0.9,min=128",
+             "xattention:0.95", "xattention:0.9", "window:1024", "window:512", "random:0.6"]),
+    ],
+    "wikitext": [
+        ppl(["dense", "default", "cdf:0.95", "minference:v=30,s=200", "xattention:0.95"], "4096",
+            "--prompt-file", "{wikitext}"),
+    ],
+    # Table 7, with what "perplexity" has at 4096.
+    "length": [ppl(["dense", "default"], "1024,2048,8000")],
+    # Tables 5 and 10.
+    "judge": [
+        error([f"cdf:0.9,lambda=inf,pool={p},theta={t}" for p in ("block", "16x16+var")
+               for t in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)], "4096", 6),
+    ],
+    # Table 3.
+    "overhead": [
+        ["bench", "--reps", "3",
+         *(x for n in (1024, 2048, 4096, 8192, 16384) for x in ("--shape", f"9/3x{n}x64:causal")),
+         "--policy", "dense,cdf:0.99,cdf:0.99,pool=block,minference,flexprefill,xattention,xattention:0.9,stride=16"],
+    ],
+    # Tables 4 and 9.
+    "order": [
+        ["eval", "order", "{image}", "--grid", "1x64x64"],
+        ["eval", "order", "{clip}", "--grid", "16x18x22"],
+    ],
+    # Retrieval.
+    "needle": [
+        ["eval", "needle", "--context", "1024,2048", "--depth", "0.1,0.5,0.9", "--policy",
+         "dense,default,topk:0.5,minference:v=30,s=100,flexprefill:0.9,min=128,xattention:0.9"],
+        ["eval", "needle", "--context", "4096", "--depth", "0.1,0.5,0.9", "--policy", "dense,default"],
+        ["eval", "needle", "--context", "1024", "--keys", "4", "--depth", "0.1,0.5,0.9",
+         "--policy", "dense,default"],
+    ],
+}
+
+
+def device() -> str:
+    name = platform.processor()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.machine()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--sparge", default="target/release/sparge")
+    parser.add_argument("--wikitext", help="the WikiText-2 test text, for the table of that name")
+    args = parser.parse_args()
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for line in TABLES[args.table]:
+            command = [args.sparge]
+            for word in line:
+                if word in ("{image}", "{clip}"):
+                    kind = word.strip("{}")
+                    path = Path(folder) / f"{kind}.safetensors"
+                    make = [sys.executable, str(HERE / "features.py"), kind, str(path)]
+                    subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+                    word = str(path)
+                elif word == "{wikitext}":
+                    if not args.wikitext:
+                        raise SystemExit("this table needs --wikitext FILE")
+                    word = args.wikitext
+                command.append(word)
+            output = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
+            result = json.loads(output.stdout)
+            # A record names the text, not where it lay.
+            if "{wikitext}" in line:
+                result["text"] = "WikiText-2 test"
+            runs.append({"command": " ".join(["sparge", *line]), "output": result})
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": device(),
+        "runs": runs,
+    }
+    path = HERE / "records" / f"{args.table}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
