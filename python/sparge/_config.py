@@ -12,7 +12,6 @@ from ._sparge import SpargeError
 PerHead = Union[float, Sequence[float], None]
 
 POOLINGS = {"block": "128x64", "sub_block": "16x16", "second_order": "16x16+2"}
-POLICIES = ("auto", "dense", "paper")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,9 @@ class Config:
       (default; P·V in fp8 where the GPU has it) or ``"half"``, both products in 16 bits.
     * ``isa``: ``"scalar"``, ``"avx2"``, ``"avx512"``; default the best there is. CPU only.
     * ``policy``: ``"auto"``; ``"dense"``: exact, nothing is skipped; ``"paper"``: the paper's block
-      pooling and no stage 2 (the masks of the authors' code, their bugs aside).
+      pooling and no stage 2 (the masks of the authors' code, their bugs aside); on the CPU also the
+      methods of `sparge::policy`, for comparison: ``"window:1024"``, ``"random:0.5"``,
+      ``"minference"``, ``"flexprefill:0.95"``, ``"xattention:0.9,stride=8"``, …
 
     * ``min_kv_len``: calls with fewer keys run dense. Default: never, for knobs that are set.
 
@@ -77,16 +78,15 @@ class Config:
 
     def _build(self) -> str:
         policy = self.policy or "auto"
-        if policy not in POLICIES:
-            raise SpargeError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")
         words = []
-        if policy == "dense":
-            asked = [n for n in ("topk", "cdf", "theta", "pv_gap") if getattr(self, n) is not None]
+        if policy not in ("auto", "paper"):
+            others = ("topk", "cdf", "theta") + (("pv_gap",) if policy == "dense" else ())
+            asked = [name for name in others if getattr(self, name) is not None]
             if asked:
                 raise SpargeError(
-                    f"policy='dense' cannot be combined with {', '.join(asked)}: drop one of them"
+                    f"policy={policy!r} cannot be combined with {', '.join(asked)}: drop one of them"
                 )
-            words += ["select=all", "pv_gap=inf"]
+            words += ["select=all", "pv_gap=inf"] if policy == "dense" else [f"policy={policy}"]
         words += [
             f"{name}={_values(name, getattr(self, name))}"
             for name in ("topk", "cdf", "theta", "pv_gap")

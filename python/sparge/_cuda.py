@@ -192,6 +192,11 @@ def _for_cuda(settings: str) -> tuple[str, str]:
     words = settings.split()
     if any(word.startswith("isa=") for word in words):
         raise SpargeError("isa is a setting of the CPU; leave it out on CUDA tensors")
+    if any(word.startswith("policy=") for word in words):
+        raise NotImplementedError(
+            "policies of other methods are not available on the GPU: choose blocks on the CPU "
+            "(sparge.predict) and pass them to sparge.block_sparse_attention"
+        )
     if "qk=f32" in words:
         raise NotImplementedError("qk='f32' is not available on the GPU: leave it out, or 'half'")
     exact = "select=all" in words and "pv_gap=inf" in words

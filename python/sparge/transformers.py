@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ._api import attention
 from ._calibration import Calibration, load_calibration
-from ._config import DENSE, Config
+from ._config import DENSE, Config, parsed
 from ._padding import Pattern, pattern_of
 from ._sparge import SpargeError
 from ._torch import AUTO_MIN_QUERIES
@@ -119,7 +119,7 @@ def _schedule(
     # Per-head lists would make the settings unhashable, and every call would build them anew.
     hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()}
     config = (config or Config()).override(**hashable)
-    config.text()  # refuses unknown policies here rather than in the middle of a forward pass
+    parsed(config.text())  # refuses bad settings here rather than in the middle of a forward pass
     loaded = None if calibration is None else load_calibration(calibration)
     return Schedule(config, frozenset(layers), loaded)
 

@@ -7,6 +7,7 @@ use crate::tensor::{Raw, Views, slice, slice_mut};
 use crate::threads::pool;
 use half::{bf16, f16};
 use pyo3::prelude::*;
+use sparge::policy;
 use sparge::{
     AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, BlockMask, Element, ElementMask, Layout,
     Lengths, Plan, Selection, Side,
@@ -125,8 +126,8 @@ impl Call<'_> {
         // SAFETY: the Python side's promise, stated at `attend`.
         let x = unsafe { Views::<T>::new(&self.q, &self.k, &self.v, self.settings.layout)? };
         let block_mask = self.block_mask()?;
-        let lens = self.extra.as_ref().and_then(|extra| extra.kv_lens.as_deref());
-        let plan = self.plan(AttentionShape::of(&x.q, &x.k, &x.v), block_mask.as_ref(), lens)?;
+        let options = self.options(block_mask.as_ref())?;
+        let plan = self.plan(AttentionShape::of(&x.q, &x.k, &x.v), &options)?;
         let shape = *plan.shape();
         let rows = shape.batch * shape.num_qo_heads * shape.qo_len;
         // SAFETY: as above: `out` is exactly the output.
@@ -134,9 +135,9 @@ impl Call<'_> {
         // One query block is one job: it runs here, without waking anybody.
         let is_tiny = rows <= BLOCK_Q && shape.kv_len < Selection::AUTO_MIN_LEN;
         let side = if is_tiny && self.settings.is_dense() {
-            self.run(&plan, &x, out)
+            self.run(&plan, &x, &options, out)
         } else {
-            pool(self.threads)?.install(|| self.run(&plan, &x, out))
+            pool(self.threads)?.install(|| self.run(&plan, &x, &options, out))
         };
         let side = side.map_err(refused)?;
         self.write(&plan, &side, rows)?;
@@ -147,13 +148,16 @@ impl Call<'_> {
         &self,
         plan: &Plan<'_>,
         x: &Views<'_, T>,
+        options: &AttentionOptions<'_>,
         out: &mut [T],
     ) -> sparge::Result<Side> {
-        if self.settings.keep_keys.is_empty() {
-            return sparge::forward(plan, &x.q, &x.k, &x.v, out);
+        match &self.settings.policy {
+            _ if !self.settings.keep_keys.is_empty() => {}
+            Some(policy) => return policy::forward(plan, &x.q, &x.k, &x.v, policy, out),
+            None => return sparge::forward(plan, &x.q, &x.k, &x.v, out),
         }
         let start = std::time::Instant::now();
-        let mask = self.predicted(plan, x)?;
+        let mask = self.predicted(plan, x, options)?;
         let predicted = start.elapsed();
         let mut side = sparge::attend(plan, &x.q, &x.k, &x.v, Some(&mask), out)?;
         side.stats.predict = predicted;
@@ -161,13 +165,17 @@ impl Call<'_> {
         Ok(side)
     }
 
-    /// The predicted blocks and those that are always kept.
+    /// The chosen blocks and those that are always kept.
     fn predicted<T: Element>(
         &self,
         plan: &Plan<'_>,
         x: &Views<'_, T>,
+        options: &AttentionOptions<'_>,
     ) -> sparge::Result<BlockMask> {
-        let mut mask = sparge::predict(plan, &x.q, &x.k)?;
+        let mut mask = match &self.settings.policy {
+            Some(policy) => policy::mask(&x.q, &x.k, options, policy)?,
+            None => sparge::predict(plan, &x.q, &x.k)?,
+        };
         let [sequences, heads, q_blocks, kv_blocks] = mask.shape();
         let blocks: Vec<usize> = self
             .settings
@@ -189,28 +197,33 @@ impl Call<'_> {
         // SAFETY: the Python side's promise, stated at `attend`.
         let x = unsafe { Views::<T>::new(&self.q, &self.k, &self.v, self.settings.layout)? };
         let block_mask = self.block_mask()?;
-        let lens = self.extra.as_ref().and_then(|extra| extra.kv_lens.as_deref());
-        let plan = self.plan(AttentionShape::of(&x.q, &x.k, &x.v), block_mask.as_ref(), lens)?;
-        let mask = pool(self.threads)?.install(|| self.predicted(&plan, &x)).map_err(refused)?;
+        let options = self.options(block_mask.as_ref())?;
+        let plan = self.plan(AttentionShape::of(&x.q, &x.k, &x.v), &options)?;
+        let mask =
+            pool(self.threads)?.install(|| self.predicted(&plan, &x, &options)).map_err(refused)?;
         self.write_mask(&mask);
         Ok(())
+    }
+
+    fn options<'p>(&'p self, block_mask: Option<&'p BlockMask>) -> PyResult<AttentionOptions<'p>> {
+        let extra = self.extra.as_ref();
+        let lens = extra.and_then(|extra| extra.kv_lens.as_deref());
+        Ok(AttentionOptions {
+            block_mask,
+            element_mask: self.element_mask()?,
+            lengths: lens.map_or(Lengths::Full, Lengths::Keys),
+            return_lse: extra.is_some_and(|extra| extra.lse != 0),
+            return_mask: extra.is_some_and(|extra| extra.mask_out != 0),
+            ..self.settings.options()
+        })
     }
 
     fn plan<'p>(
         &'p self,
         shape: sparge::Result<AttentionShape>,
-        block_mask: Option<&'p BlockMask>,
-        lens: Option<&'p [usize]>,
+        options: &AttentionOptions<'p>,
     ) -> PyResult<Plan<'p>> {
-        let options = AttentionOptions {
-            block_mask,
-            element_mask: self.element_mask()?,
-            lengths: lens.map_or(Lengths::Full, Lengths::Keys),
-            return_lse: self.extra.as_ref().is_some_and(|extra| extra.lse != 0),
-            return_mask: self.extra.as_ref().is_some_and(|extra| extra.mask_out != 0),
-            ..self.settings.options()
-        };
-        Plan::new(shape.map_err(refused)?, &options, &self.settings.config).map_err(refused)
+        Plan::new(shape.map_err(refused)?, options, &self.settings.config).map_err(refused)
     }
 
     fn element_mask(&self) -> PyResult<Option<ElementMask<'_>>> {

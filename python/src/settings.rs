@@ -1,7 +1,8 @@
 //! What to compute and what to skip, from its text form.
 
-use crate::errors::SpargeError;
+use crate::errors::{SpargeError, refused};
 use pyo3::prelude::*;
+use sparge::policy::Policy;
 use sparge::{
     Alignment, AttentionOptions, Isa, Layout, PerHead, Pooling, QkPrecision, Selection,
     SpargeConfig, Window,
@@ -18,13 +19,14 @@ use std::str::FromStr;
 /// is unbounded); `sink_blocks`; `select` auto or all; `topk`, `cdf`, `theta`, `pv_gap` (one value
 /// or one per query head, commas between them); `pooling` QxK or QxK+2 (with the second-order
 /// term); `keep_first`; `qk` f32 or int8; `isa`; `keep_keys` from:to,… (tokens whose key blocks
-/// every query attends).
+/// every query attends); `policy` (another method's way to choose, as [`Policy`] reads it).
 #[pyclass(frozen, module = "sparge._sparge")]
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Settings {
     pub(crate) config: SpargeConfig,
     pub(crate) layout: Layout,
     pub(crate) keep_keys: Vec<Range<usize>>,
+    pub(crate) policy: Option<Policy>,
     softmax_scale: Option<f64>,
     causal: Option<Alignment>,
     window: Option<Window>,
@@ -47,6 +49,7 @@ impl Settings {
     /// Whether nothing is predicted or quantised below [`Selection::AUTO_MIN_LEN`] keys.
     pub(crate) fn is_dense(&self) -> bool {
         self.keep_keys.is_empty()
+            && self.policy.is_none()
             && self.config.qk == QkPrecision::F32
             && matches!(self.config.selection, PerHead::All(Selection::Auto | Selection::All))
     }
@@ -76,6 +79,7 @@ impl Settings {
                 "pooling" => settings.config.pooling = pooling(value)?,
                 "keep_first" => settings.config.keep_first = number(key, value)?,
                 "qk" => settings.config.qk = precision(value)?,
+                "policy" => settings.policy = Some(value.parse().map_err(refused)?),
                 "isa" => settings.config.isa = Some(isa(value)?),
                 "keep_keys" => settings.keep_keys = ranges(value)?,
                 _ => return Err(bad("settings", key, "a key that sparge._sparge.Settings lists")),

@@ -117,6 +117,18 @@ def test_predict_paper_policy_is_the_papers_formula() -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("policy", ["window:300", "random:0.4,seed=3", "xattention:0.9,stride=8"])
+def test_other_methods_are_policies(policy: str) -> None:
+    q, k, v = qkv(q_len=1300)
+    options: dict[str, Any] = {"is_causal": True, "policy": policy}
+    blocks = sparge.predict(q, k, **options).tensor
+    got, stats = sparge.attention(
+        q, k, v, enable_gqa=True, pv_gap=math.inf, return_stats=True, **options
+    )
+    want, _ = exact(q, k, v, blocks=blocks, causal="top_left")
+    assert relative_l1(got, want) < 1e-5 and stats.qk_sparsity() > 0.1
+
+
 def test_keep_keys_are_attended_by_every_query() -> None:
     q, k, v = qkv(q_len=1500)
     blocks = sparge.predict(q, k, topk=0.2).tensor.clone()
@@ -232,6 +244,7 @@ Q, K, V = qkv(q_len=64)
         ({"pv_gap": -1.0}, "lambda"),
         ({"policy": "magic"}, "magic"),
         ({"policy": "dense", "topk": 0.5}, "dense"),
+        ({"policy": "random:0.5", "topk": 0.5}, "random"),
         ({"window": 5, "topk": 0.5}, "window"),
         ({"is_causal": True, "causal_alignment": "middle", "topk": 0.5}, "middle"),
         ({"key_lengths": [65], "topk": 0.5}, "65 keys"),

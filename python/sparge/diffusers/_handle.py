@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 import torch
 
 from .._calibration import Calibration, load_calibration
-from .._config import DENSE, Config
+from .._config import Config, parsed
 from .._sparge import SpargeError
 from . import _backend, _processors
 from ._models import Model, attention_modules, model_of
@@ -166,8 +166,10 @@ def enable(
     """
     layers = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
     hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()}
+    config = (config or Config()).override(**hashable)
+    parsed(config.text())  # refuses bad settings here rather than in the middle of a forward pass
     handle = Enabled(
-        (config or Config()).override(**hashable),
+        config,
         dense_steps,
         frozenset(layers),
         None if calibration is None else load_calibration(calibration),
@@ -196,4 +198,4 @@ def enable(
     return handle
 
 
-__all__ = ["DENSE", "Enabled", "enable"]
+__all__ = ["Enabled", "enable"]
