@@ -135,3 +135,57 @@ def test_build_info() -> None:
     info = sparge.build_info()
     assert info["block"] == (128, 64) and info["isa"] in info["isas"]
     assert sparge.__version__ == info["version"]
+
+
+def test_masks_of_any_strides() -> None:
+    q, k, v = _numpy(heads=2, kv_heads=2, q_len=300)
+    generator = np.random.default_rng(0)
+    column = generator.standard_normal((300, 1)).astype(np.float32)
+    wide = np.ascontiguousarray(np.broadcast_to(column, (300, 300)))
+    turned = np.asfortranarray(generator.random((300, 300)) < 0.7)
+    lines = [np.asfortranarray(x) for x in (q, k, v)]
+    assert lines[0].strides[-1] != 4
+    for of in (lambda x: x, lambda x: Foreign(torch.from_numpy(x))):
+        back = lambda x: x.array.numpy() if isinstance(x, Foreign) else x  # noqa: E731
+        call = lambda *a: back(sparge.attention(*(of(x) for x in a), topk=1.0))  # noqa: E731
+        assert (call(q, k, v, column) == call(q, k, v, wide)).all()
+        assert (call(q, k, v, turned) == call(q, k, v, np.ascontiguousarray(turned))).all()
+        assert (call(*lines) == call(q, k, v)).all()
+
+
+def test_block_masks_of_any_strides() -> None:
+    q, k, v = _numpy(heads=2, kv_heads=2, q_len=300, batch=2)
+    row = np.array([True, False, True, True, False])
+    one = np.ones((2, 1, 3, 5), bool)
+    one[1, :, 1, 2:] = False
+    for blocks in (
+        np.broadcast_to(row, (2, 2, 3, 5)),
+        np.broadcast_to(one, (2, 2, 3, 5)),
+        np.broadcast_to(np.ones(1, bool), (2, 2, 3, 1)).repeat(5, 3)[..., ::-1],
+        np.ones((2, 9, 3, 5), bool)[:, :1],
+        np.ones((2, 2, 3, 9), bool)[..., :5],
+    ):
+        want = sparge.block_sparse_attention(q, k, v, np.array(blocks, order="C"))
+        assert (sparge.block_sparse_attention(q, k, v, blocks) == want).all()
+        foreign = [Foreign(torch.from_numpy(x)) for x in (q, k, v)]
+        mask = torch.from_numpy(np.array(blocks)).as_strided(
+            blocks.shape, torch.from_numpy(np.array(blocks, order="C")).stride()
+        )
+        got = sparge.block_sparse_attention(*foreign, Foreign(mask.transpose(2, 3).contiguous().transpose(2, 3)))
+        assert (got.array.numpy() == want).all()
+
+
+def test_what_numpy_can_hold_and_we_refuse() -> None:
+    q, k, v = _numpy(heads=2, kv_heads=2, q_len=70)
+    with pytest.raises(sparge.SpargeError, match="MaskedArray"):
+        sparge.attention(np.ma.masked_array(q), k, v)
+    with pytest.raises(sparge.SpargeError, match="expected integers"):
+        sparge.attention(q, k, v, key_lengths=[3.5], topk=0.5)
+    with pytest.raises(sparge.SpargeError, match="multiple of 4"):
+        raw = bytearray(4 * q.size + 1)
+        view = torch.frombuffer(raw, dtype=torch.uint8)[1:].view(torch.uint8)
+        address = view.data_ptr()
+        settings = sparge._sparge.Settings("layout=HND")
+        odd = (address, q.shape, (70 * 64 * 2, 70 * 64, 64, 1))
+        out = np.zeros_like(q)
+        sparge._sparge.attend(settings, "f32", 1, odd, odd, odd, out.ctypes.data)

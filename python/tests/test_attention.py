@@ -297,3 +297,108 @@ def test_nobody_is_run_over_by_expand() -> None:
     blocks[0, 0, 1, 1] = True
     wide = expand(blocks, 130, 70)
     assert wide.shape == (1, 1, 130, 70) and int(wide.sum()) == 2 * 6 and bool(wide[0, 0, 129, 69])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(130, 130), (700, 1500)])
+def test_our_own_kernel_at_keep_all_is_exact(causal: bool, lengths: tuple[int, int]) -> None:
+    """`topk=1.0` is a knob: no SDPA, prediction and all."""
+    q, k, v = qkv(q_len=lengths[0], kv_len=lengths[1])
+    got, stats = sparge.attention(
+        q, k, v, is_causal=causal, enable_gqa=True, topk=1.0, pv_gap=math.inf, return_stats=True
+    )
+    want, _ = exact(q, k, v, causal="top_left" if causal else None)
+    assert relative_l1(got, want) < 1e-5 and stats.qk_sparsity() == stats.pv_sparsity() == 0
+
+
+def test_fallback_aligns_with_key_lengths() -> None:
+    q, k, v = qkv(batch=2, q_len=90, kv_len=150)
+    for options in ({"is_causal": True, "causal_alignment": "bottom_right"}, {"window": (20, 5)}):
+        more = {"enable_gqa": True, "key_lengths": [150, 100], **options}
+        want = sparge.attention(q, k, v, policy="dense", **more)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got = sparge.attention(*(x.double() for x in (q, k, v)), fallback="dense", **more)
+        assert relative_l1(got, want) < 1e-5
+
+
+def test_a_gap_alone_counts_at_any_length() -> None:
+    q, k, v = qkv(q_len=600)
+    for knobs in ({"pv_gap": 0.5}, {"policy": "paper"}, {"theta": 0.1}):
+        _, stats = sparge.attention(q, k, v, enable_gqa=True, return_stats=True, **knobs)
+        assert stats.pv_sparsity() > 0.05, knobs
+
+
+def test_a_knob_replaces_what_a_lower_level_chooses_by() -> None:
+    low = sparge.Config(cdf=(0.5, 0.9), theta=0.2, pv_gap=4.0, pooling="block", keep_first=2)
+    assert low.override(topk=0.3) == sparge.Config(
+        topk=0.3, theta=0.2, pv_gap=4.0, pooling="block", keep_first=2
+    )
+    assert low.override(topk=0.3, cdf=0.8).cdf == 0.8
+    assert low.override(policy="dense") == sparge.Config(policy="dense", keep_first=2)
+    assert low.override(policy="window:64").cdf is None
+    assert low.override(policy="paper").given() == {"theta": 0.2, "policy": "paper", "keep_first": 2}
+    assert sparge.Config(policy="dense").override(topk=0.3) == sparge.Config(topk=0.3)
+    assert sparge.Config(policy="paper").override(topk=0.3).policy == "paper"
+    q, k, v = qkv(q_len=600)
+    exactly = sparge.attention(q, k, v, enable_gqa=True, policy="dense")
+    config = sparge.Config(topk=0.2, theta=0.1)
+    got = sparge.attention(q, k, v, enable_gqa=True, config=config, policy="dense")
+    assert torch.equal(got, exactly)
+
+
+def test_per_head_knobs_are_values_whatever_holds_them() -> None:
+    shares = torch.tensor([0.2, 0.4, 0.6, 1.0], dtype=torch.float64)
+    want = sparge.Config(topk=(0.2, 0.4, 0.6, 1.0))
+    for held in (shares, shares.numpy(), shares.tolist()):
+        config = sparge.Config(topk=held)
+        assert config == want and hash(config) == hash(want)
+    assert sparge.Config(topk=torch.tensor(0.5)).topk == 0.5
+    q, k, v = qkv(q_len=1300)
+    first = sparge.attention(q, k, v, topk=shares, enable_gqa=True)
+    shares.fill_(1.0)  # the same tensor, other values
+    second = sparge.attention(q, k, v, topk=shares, enable_gqa=True)
+    assert not torch.equal(first, second)
+    with pytest.raises(TypeError, match="topk is dict"):
+        sparge.Config(topk={"a": 1})
+
+
+def test_queries_broadcast_over_the_batch() -> None:
+    q, k, v = qkv(1, 1, 300, batch=3)
+    got = sparge.attention(q[:1], k, v, topk=0.5)
+    assert torch.equal(got, sparge.attention(q[:1].repeat(3, 1, 1, 1), k, v, topk=0.5))
+    assert sparge.predict(q[:1], k, topk=0.5).shape[0] == 3
+    with pytest.raises(sparge.SpargeError, match="2, 3 and 3 batch entries"):
+        sparge.attention(q[:2], k, v, topk=0.5)
+
+
+def test_what_is_refused_and_was_not() -> None:
+    with pytest.raises(sparge.SpargeError, match="int4"):
+        sparge.Config(qk="int4")
+    with pytest.raises(sparge.SpargeError, match="half"):
+        sparge.attention(Q, K, V, enable_gqa=True, config=sparge.Config(qk="half", topk=0.5))
+    bias = torch.zeros(64, 64, requires_grad=True)
+    with torch.enable_grad(), pytest.raises(sparge.SpargeError, match="attn_mask requires"):
+        sparge.attention(Q, K, V, bias, enable_gqa=True, topk=0.5)
+    mask = torch.ones(64, 64, dtype=torch.bool, device="meta")
+    for knobs in ({}, {"topk": 0.5}):
+        with pytest.raises(sparge.SpargeError, match="attn_mask on meta"):
+            sparge.attention(Q, K, V, mask, enable_gqa=True, **knobs)
+    with pytest.raises(sparge.SpargeError, match="attn_mask on meta"):
+        sparge.predict(Q, K, mask)
+    with pytest.raises(sparge.SpargeError, match="one device"):
+        sparge.predict(Q, K.to("meta"))
+    blocks = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")
+    with pytest.raises(sparge.SpargeError, match="block_mask on meta"):
+        sparge.block_sparse_attention(Q, K, V, blocks, enable_gqa=True)
+    for lengths in ([3.5], torch.tensor([3.0])):
+        with pytest.raises(sparge.SpargeError, match="expected integers"):
+            sparge.attention(Q, K, V, enable_gqa=True, topk=0.5, key_lengths=lengths)
+
+
+def test_bools_that_are_not_0_or_1() -> None:
+    q, k, v = qkv(q_len=200)
+    mask = torch.rand(200, 200) < 0.7
+    odd = (mask.to(torch.uint8) * 255).view(torch.bool)
+    want = sparge.attention(q, k, v, mask, topk=1.0, enable_gqa=True)
+    assert torch.equal(sparge.attention(q, k, v, odd, topk=1.0, enable_gqa=True), want)

@@ -162,9 +162,11 @@ def test_streams_and_threads() -> None:
     wrong: list[int] = []
 
     def run(at: int) -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
             for _ in range(20):
                 got = sparge.attention(*work[at], topk=0.5, enable_gqa=True)
+            stream.synchronize()
             if not torch.equal(got, want[at]):
                 wrong.append(at)
 
@@ -222,3 +224,138 @@ def test_refusals() -> None:
         sparge.attention(q, k, v, config=config, enable_gqa=True)
     with pytest.raises(NotImplementedError, match="quantize"):
         sparge.quantize(k)
+
+
+def test_tensors_on_another_device_are_refused() -> None:
+    q, k, v = inputs(q_len=300)
+    mask = torch.ones(300, 300, dtype=torch.bool)
+    blocks = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    with pytest.raises(sparge.SpargeError, match="attn_mask on cpu"):
+        sparge.attention(q, k, v, mask, topk=0.5, enable_gqa=True)
+    with pytest.raises(sparge.SpargeError, match="block_mask on cpu"):
+        sparge.block_sparse_attention(q, k, v, blocks, enable_gqa=True)
+    with pytest.raises(sparge.SpargeError, match="one device"):
+        sparge.predict(q, k.cpu(), topk=0.5)
+    for change in ({"attn_mask": mask[None, None]}, {"block_mask": blocks}, {"key": k.cpu()}):
+        call: dict[str, Any] = {
+            "query": q, "key": k, "value": v, "attn_mask": None, "block_mask": None,
+            "kv_lens": None, "settings": "layout=HND topk=0.5", **change,
+        }  # fmt: skip
+        with pytest.raises(sparge.SpargeError, match="one GPU"):
+            _ops.attention(**call)
+
+
+def test_block_masks_must_fit() -> None:
+    q, k, v = inputs(q_len=300)
+    for wrong in (
+        torch.ones(1, 1, 3, 6, dtype=torch.bool, device="cuda"),
+        torch.ones(1, 1, 3, 5, dtype=torch.uint8, device="cuda"),
+    ):
+        with pytest.raises(sparge.SpargeError, match="block_mask has shape"):
+            sparge.block_sparse_attention(q, k, v, wrong, enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_additive_masks_of_each_type(dtype: torch.dtype) -> None:
+    q, k, v = inputs(q_len=500, batch=2)
+    bias = torch.randn(2, 1, 500, 1, device="cuda", dtype=dtype) * 2
+    bias = bias + torch.randn(1, 1, 1, 500, device="cuda", dtype=dtype)
+    got = sparge.attention(q, k, v, bias, topk=1.0, enable_gqa=True)
+    assert relative_l1(got, exact(q, k, v, bias=bias)[0]) < QUANTIZED
+
+
+@pytest.mark.parametrize("asked", ["lse", "lengths", "window", "bottom_right", "keep_keys", "nhd"])
+def test_the_short_default_is_exact_however_it_is_asked_for(asked: str) -> None:
+    q, k, v = inputs(q_len=600, kv_len=900, batch=2, dtype=torch.float16)
+    call: dict[str, Any] = {"enable_gqa": True}
+    book: dict[str, Any] = {}
+    if asked == "lse":
+        call["return_lse"] = True
+    elif asked == "lengths":
+        call["key_lengths"] = torch.tensor([900, 300], device="cuda")
+        book["mask"] = torch.arange(900, device="cuda") < call["key_lengths"][:, None, None, None]
+    elif asked == "window":
+        call["window"] = book["window"] = (200, 50)
+    elif asked == "bottom_right":
+        call.update(is_causal=True, causal_alignment="bottom_right")
+        book["causal"] = "bottom_right"
+    elif asked == "keep_keys":
+        call["keep_keys"] = ((10, 20),)
+    want, want_lse = exact(q, k, v, **book)
+    if asked == "nhd":
+        got = sparge.attention(*(x.transpose(1, 2) for x in (q, k, v)), layout="NHD", **call)
+        got = got.transpose(1, 2)
+    else:
+        got = sparge.attention(q, k, v, **call)
+    if asked == "lse":
+        got, lse = got
+        assert (lse - want_lse).abs().max() < 0.02
+    assert relative_l1(got, want) < HALF / 2  # int8 is at about 0.02
+    options = {x: call[x] for x in ("is_causal", "causal_alignment", "window", "key_lengths") if x in call}
+    blocks = sparge.predict(q, k, **options).tensor
+    everything = sparge.predict(q, k, topk=1.0, **options).tensor
+    assert torch.equal(blocks, everything)
+
+
+def test_predicting_nothing_still_heeds_masks() -> None:
+    q, k, _ = inputs(q_len=300, batch=2)
+    mask = torch.ones(2, 1, 300, 300, dtype=torch.bool, device="cuda")
+    mask[1, ..., 128:] = False
+    for policy in ("dense", None):
+        got = sparge.predict(q, k, mask, policy=policy).tensor
+        cpu = sparge.predict(q.cpu(), k.cpu(), mask.cpu(), policy=policy).tensor
+        assert got.is_cuda and torch.equal(got.cpu(), cpu) and not got[1, ..., 2:].any()
+    blocks = torch.rand(1, 4, 3, 5, device="cuda") < 0.5
+    got = _ops.predict(q, k, None, blocks, None, "layout=HND select=all pv_gap=inf")
+    assert torch.equal(got, blocks.expand(2, 4, 3, 5))
+    assert _ops.predict(q[:0], k[:0], None, None, None, "layout=HND select=all").shape == (0, 4, 3, 5)
+
+
+def test_nhd() -> None:
+    q, k, v = inputs(q_len=1500)
+    want = sparge.attention(q, k, v, topk=0.5, is_causal=True, enable_gqa=True)
+    nhd = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    got = sparge.attention(*nhd, layout="NHD", topk=0.5, is_causal=True, enable_gqa=True)
+    assert relative_l1(got.transpose(1, 2), want) < 1e-3
+
+
+def test_compiles_with_masks_and_lengths() -> None:
+    q, k, v = inputs(q_len=700, batch=2)
+    mask = torch.rand(2, 1, 700, 700, device="cuda") < 0.8
+    blocks = torch.rand(1, 4, 6, 11, device="cuda") < 0.7
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        a = sparge.attention(q, k, v, mask, topk=0.5, enable_gqa=True)
+        b = sparge.attention(q, k, v, topk=0.5, enable_gqa=True, key_lengths=[700, 300])
+        c = sparge.block_sparse_attention(q, k, v, blocks, enable_gqa=True)
+        d, lse = sparge.attention(q, k, v, enable_gqa=True, return_lse=True)
+        return a + b + c + d + lse[..., None].to(d.dtype)
+
+    want = model(q, k, v)
+    assert relative_l1(torch.compile(model, fullgraph=True)(q, k, v), want) < 1e-2
+    lengths = torch.tensor([700, 300])
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        out = _ops.attention(*fakes, None, None, mode.from_tensor(lengths), "layout=HND topk=0.5")
+    assert out.shape == q.shape and out.is_cuda
+
+
+def test_fallback_on_a_gpu() -> None:
+    q, k, v = (x.double() for x in inputs(q_len=200, kv_len=300, batch=2))
+    lengths = [300, 250]
+    with pytest.warns(UserWarning, match="float64"):
+        got = sparge.attention(
+            q, k, v, topk=0.5, enable_gqa=True, is_causal=True, causal_alignment="bottom_right",
+            key_lengths=lengths, fallback="dense",
+        )  # fmt: skip
+    for at, length in enumerate(lengths):
+        want, _ = exact(q[at : at + 1], k[at : at + 1, :, :length], v[at : at + 1, :, :length],
+                        causal="bottom_right")  # fmt: skip
+        assert relative_l1(got[at : at + 1], want) < 1e-6
+
+
+def test_key_lengths_are_checked_as_on_the_cpu() -> None:
+    q, k, v = inputs(q_len=300)
+    for lengths, words in (([2.5], "integers"), ([-1], "negative"), ([301], "301 keys")):
+        with pytest.raises(sparge.SpargeError, match=words):
+            sparge.attention(q, k, v, topk=0.5, enable_gqa=True, key_lengths=lengths)

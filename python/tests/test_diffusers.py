@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import diffusers
@@ -12,7 +13,7 @@ import sparge.diffusers
 import torch
 from common import exact, qkv, relative_l1
 from diffusers.models import attention_dispatch as dispatch
-from sparge.diffusers import _backend
+from sparge.diffusers import _backend, _processors
 from sparge.diffusers._attend import Text, sparse
 
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 32}
@@ -283,3 +284,82 @@ def test_refusals_by_name() -> None:
         sparge.diffusers.enable(model, topk=0.5)
     with pytest.raises(sparge.SpargeError, match="magic"):
         sparge.diffusers.enable(model, policy="magic")
+
+
+def test_enabling_twice_is_refused_and_undone_once() -> None:
+    for case in (flux, sd3):
+        model, inputs = case()
+        model.eval()
+        native = run(model, inputs)
+        handle = sparge.diffusers.enable(model, topk=0.4)
+        with pytest.raises(sparge.SpargeError, match="enabled already"):
+            sparge.diffusers.enable(model, topk=0.5)
+        assert not torch.equal(run(model, inputs), native)  # the first one is still there
+        handle.disable()
+        assert torch.equal(run(model, inputs), native)
+        with sparge.diffusers.enable(model, topk=0.4):
+            pass
+
+
+def test_disable_undoes_what_it_can() -> None:
+    model, inputs = flux()
+    model.eval()
+    native = run(model, inputs)
+    handle = sparge.diffusers.enable(model, topk=0.4)
+
+    def fail() -> None:
+        raise RuntimeError("a part that cannot be restored")
+
+    handle._undo.append(fail)
+    with pytest.raises(RuntimeError, match="cannot be restored"):
+        handle.disable()
+    assert torch.equal(run(model, inputs), native)
+
+
+def test_a_new_scheduler_counts_too() -> None:
+    model, inputs = flux()
+    model.eval()
+
+    class Pipeline:
+        transformer = model
+
+    pipe: Any = Pipeline()
+    old = pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with sparge.diffusers.enable(pipe, topk=0.3, dense_steps=1) as handle:
+        new = pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        new.set_timesteps(3)
+        run(model, inputs)
+        new.step(_rand(1, 4), new.timesteps[0], _rand(1, 4))
+        assert handle.step == 1
+        assert "step" not in vars(old)
+    assert "step" not in vars(new) and "set_timesteps" not in vars(new)
+
+
+def test_key_masks_that_change() -> None:
+    q, k, v = qkv(2, 2, q_len=200, batch=2)
+    config = sparge.Config(topk=1.0, pv_gap=math.inf)
+    mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
+    for batch in (1, 2):  # one mask for batches of other sizes
+        got = sparse(q[:batch], k[:batch], v[:batch], None, config, None, mask)
+        assert relative_l1(got, exact(q[:batch], k[:batch], v[:batch])[0]) < 1e-5
+    mask[..., 120:] = False
+    got = sparse(q, k, v, None, config, None, mask)
+    assert relative_l1(got, exact(q, k, v, mask=mask)[0]) < 1e-5
+    text = torch.ones(1, 6, dtype=torch.bool)
+    assert len(_processors._valid_text(text)[0]) == 6
+    text[0, 4:] = False
+    assert len(_processors._valid_text(text)[0]) == 4
+
+
+def test_ulysses_alone_is_an_ordinary_call() -> None:
+    q, k, v = (x.transpose(1, 2) for x in qkv(2, 2, q_len=1100))
+    parallel = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=1))
+    model = SimpleNamespace(text="first")
+    config = sparge.Config(topk=0.3, keep_first=0)
+    _backend.enter(SimpleNamespace(model=model, config=lambda: config, text_len=lambda: 90))
+    try:
+        got = _backend._ring_step(None, q, k, v, _parallel_config=parallel)
+    finally:
+        _backend.leave()
+    want = sparse(*(x.transpose(1, 2) for x in (q, k, v)), Text(0, 90), config)
+    assert torch.equal(got.transpose(1, 2), want)

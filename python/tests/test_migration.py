@@ -123,3 +123,26 @@ def test_doctor_runs_and_says_ok() -> None:
     said = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     assert said["sparge"]["version"] == sparge.__version__
     assert all(check["ok"] for check in said["checks"].values()) and "torch on the CPU" in said["checks"]
+
+
+def test_authors_lists_and_smoothing() -> None:
+    q, k, v = qkv(2, 2, q_len=600)
+    want = spas_sage2_attn_meansim_cuda(q, k, v, cdfthreshd=torch.tensor([0.5, 0.9]),
+                                        pvthreshd=torch.tensor([20.0, 30.0]))  # fmt: skip
+    got = spas_sage2_attn_meansim_cuda(q, k, v, cdfthreshd=[0.5, 0.9], pvthreshd=[20, 30])
+    assert relative_l1(got, want) < 1e-3
+    for call in (spas_sage2_attn_meansim_topk_cuda, spas_sage2_attn_meansim_cuda,
+                 block_sparse_sage2_attn_cuda):  # fmt: skip
+        with pytest.raises(sparge.SpargeError, match="smooth_k"):
+            call(q, k, v, smooth_k=False)
+
+
+def test_comfyui_needs_to_know_layers_and_keeps_full_precision() -> None:
+    q, k, v = qkv(4, 4, q_len=1200, dim=32)
+    layered = comfyui.Override(sparge.Config(topk=0.4), dense_layers=2)
+    with pytest.raises(sparge.SpargeError, match="block_index"):
+        layered(comfy_attention, q, k, v, 4, skip_reshape=True)
+    override = comfyui.Override(sparge.Config(topk=0.4))
+    options = {"skip_reshape": True, "attn_precision": torch.float32}
+    got = override(comfy_attention, q, k, v, 4, **options)
+    assert torch.equal(got, comfy_attention(q, k, v, 4, **options))

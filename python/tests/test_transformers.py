@@ -13,7 +13,8 @@ import sparge
 import sparge.transformers as ours
 import torch
 import transformers
-from common import relative_l1
+from common import exact, qkv, relative_l1
+from sparge._padding import Pattern, pattern_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -271,3 +272,107 @@ def test_smollm2_logits_generation_and_perplexity(smollm2: Any) -> None:
     assert 15 < perplexity["sdpa"] < 40
     assert perplexity["sparge"] < 1.01 * perplexity["sdpa"]
     assert perplexity["sparge"] != perplexity["sdpa"]  # it was sparse
+
+
+def test_static_caches_with_padding_equal_sdpa() -> None:
+    model = llama()
+    ours.configure(model, topk=1.0, pv_gap=math.inf)
+    ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    ids[1, :25], mask[1, :25] = 0, 0
+    got = {}
+    for implementation in ("sdpa", "sparge"):
+        model.set_attn_implementation(implementation)
+        got[implementation] = model.generate(
+            ids, attention_mask=mask, cache_implementation="static", max_new_tokens=100,
+            do_sample=False, disable_compile=True,
+        )  # fmt: skip
+    assert torch.equal(got["sparge"], got["sdpa"])
+
+
+def test_padded_cross_attention_equals_sdpa() -> None:
+    config = transformers.BartConfig(
+        vocab_size=100, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.BartModel(config).eval()
+    ids, mask = tokens(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[0, 60:], mask[1, 90:] = 0, 0
+    got = {}
+    for implementation in ("sdpa", "sparge"):
+        model.set_attn_implementation(implementation)
+        got[implementation] = model(
+            ids, attention_mask=mask, decoder_input_ids=tokens_of(40)
+        ).last_hidden_state
+    assert relative_l1(got["sparge"], got["sdpa"]) < 1e-5
+
+
+def tokens_of(length: int) -> torch.Tensor:
+    """The same ones each time."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(1, 100, (2, length), generator=generator)
+
+
+class Module(torch.nn.Module):
+    """What the attention function sees of an attention layer."""
+
+    def __init__(self, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+
+def _masked(mask: torch.Tensor, is_causal: bool, q_len: int) -> None:
+    """Our attention function under a mask against float64."""
+    q, k, v = qkv(4, 2, q_len=q_len, kv_len=mask.shape[3], batch=2)
+    schedule = ours.Schedule(sparge.Config(topk=1.0, pv_gap=math.inf))
+    got, _ = ours._attention_forward(schedule, Module(is_causal), q, k, v, mask)
+    want, _ = exact(q, k, v, mask=mask)
+    assert relative_l1(got.transpose(1, 2), want) < 1e-5
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("offset", [0, 30, 80])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_masks_mean_what_they_say_wherever_the_queries_stand(
+    is_causal: bool, offset: int, batch: int
+) -> None:
+    rows, columns = torch.arange(20)[:, None], torch.arange(100)
+    mask = (columns <= rows + offset).expand(batch, 1, 20, 100).clone()
+    _masked(mask, is_causal, 20)
+    mask[-1, ..., :5] = False
+    _masked(mask, is_causal, 20)
+    mask[-1, ..., offset + 10 :] = False
+    if batch == 1 or not is_causal:
+        _masked(mask, False, 20)
+    assert pattern_of(mask, 20, 100, False) is None
+
+
+def test_padding_columns_of_one_mask_for_the_whole_batch() -> None:
+    mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
+    mask[..., 15:] = False
+    _masked(mask, False, 20)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()[None, None].clone()
+    mask[..., :4] = False
+    _masked(mask, True, 20)
+
+
+def test_a_mask_that_is_written_to_is_looked_at_again() -> None:
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    assert pattern_of(mask, 20, 20, True) == Pattern(True, None, None, 0)
+    mask[1, ..., :4] = False
+    padded = Pattern(True, None, ((0, 20), (4, 20)), 0)
+    assert pattern_of(mask, 20, 20, True) == padded
+    with torch.inference_mode():
+        mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+        assert pattern_of(mask, 20, 20, True) == Pattern(True, None, None, 0)
+        mask[1, ..., :4] = False
+        assert pattern_of(mask, 20, 20, True) == padded
+
+
+def test_names_have_settings_of_their_own() -> None:
+    model, ids = llama(), tokens(1, 700)
+    dense = logits(model, "sdpa", ids)
+    ours.register("sparge_dense", policy="dense")
+    ours.register("sparge_half", topk=0.3)
+    assert relative_l1(logits(model, "sparge_dense", ids), dense) < 1e-5
+    assert relative_l1(logits(model, "sparge_half", ids), dense) > 1e-4
+    assert relative_l1(logits(model, "sparge_dense", ids), dense) < 1e-5
