@@ -13,6 +13,8 @@ from ._types import Quantized
 Window = Optional[tuple[Optional[int], Optional[int]]]
 
 
+_NOTHING = (None,) * 10
+
 # `sparge._torch`, once a torch tensor has been seen: importing it imports torch.
 _torch: Any = None
 
@@ -83,6 +85,16 @@ def attention(
     ``NotImplementedError`` for what only the CPU does. With ``fallback="dense"`` such a torch call
     runs as exact SDPA instead, with one warning per reason.
     """
+    knobs = (topk, cdf, theta, pv_gap, policy, window, key_lengths, keep_keys, config, calibration)
+    if knobs == _NOTHING and layout == "HND" and not (return_lse or return_stats or dropout_p):
+        # Short calls with the defaults, without the price of everything below.
+        if _is_torch(query) and _torch.is_plain_and_short(
+            query, key, value, attn_mask, is_causal, enable_gqa
+        ):
+            if causal_alignment == "top_left" or query.shape[2] == key.shape[2]:
+                return _torch.sdpa(
+                    query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
     if fallback not in (None, "dense"):
         raise ValueError(f"fallback is {fallback!r}, expected None or 'dense'")
     if calibration is not None:
