@@ -13,8 +13,6 @@ from ._types import Quantized
 Window = Optional[tuple[Optional[int], Optional[int]]]
 
 
-_NOTHING = (None,) * 10
-
 # `sparge._torch`, once a torch tensor has been seen: importing it imports torch.
 _torch: Any = None
 
@@ -85,8 +83,12 @@ def attention(
     ``NotImplementedError`` for what only the CPU does. With ``fallback="dense"`` such a torch call
     runs as exact SDPA instead, with one warning per reason.
     """
-    knobs = (topk, cdf, theta, pv_gap, policy, window, key_lengths, keep_keys, config, calibration)
-    if knobs == _NOTHING and layout == "HND" and not (return_lse or return_stats or dropout_p):
+    if (
+        topk is cdf is theta is pv_gap is policy is window is key_lengths is keep_keys is config
+        is calibration is None
+        and layout == "HND"
+        and not (return_lse or return_stats or dropout_p)
+    ):  # fmt: skip
         # Short calls with the defaults, without the price of everything below.
         if _is_torch(query) and _torch.is_plain_and_short(
             query, key, value, attn_mask, is_causal, enable_gqa

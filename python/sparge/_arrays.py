@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from collections.abc import Sequence
@@ -47,13 +48,19 @@ class _View:
     def __init__(self, array: Any, name: str) -> None:
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(array, numpy.ndarray):
+            if "numpy.ma" in sys.modules and isinstance(array, numpy.ma.MaskedArray):
+                raise SpargeError(
+                    f"{name} is a numpy MaskedArray, whose mask would be ignored; pass plain arrays "
+                    "and attn_mask"
+                )
             dtype = _NUMPY.get(array.dtype.name)
             if dtype is None:
                 raise SpargeError(
                     f"{name} is {array.dtype.name}, expected float32, float16 or bfloat16"
                 )
             size = array.itemsize
-            if any(s % size or s < 0 for s in array.strides):
+            rows_apart = array.ndim > 0 and array.shape[-1] > 1 and array.strides[-1] != size
+            if rows_apart or any(s % size or s < 0 for s in array.strides):
                 array = numpy.ascontiguousarray(array)
             interface = array.__array_interface__
             self.held: Any = array
@@ -65,14 +72,44 @@ class _View:
                 raise SpargeError(f"{name} is not aligned native memory; copy it first")
         elif hasattr(array, "__dlpack__"):
             taken = _sparge.Array.take(array)
-            self.held = taken
-            self.address, self.dtype = taken.address, taken.dtype
-            self.shape, self.strides = taken.shape, taken.strides
+            rows_apart = len(taken.shape) > 0 and taken.shape[-1] > 1 and taken.strides[-1] != 1
+            if rows_apart or any(s < 0 for s in taken.strides):
+                taken = taken.copied()
+            self._hold(taken)
         else:
             raise TypeError(
                 f"{name} is {type(array).__name__}, expected a torch tensor, a numpy array or "
                 "an array with __dlpack__"
             )
+
+    def _hold(self, array: "_sparge.Array") -> None:
+        self.held = array
+        self.address, self.dtype = array.address, array.dtype
+        self.shape, self.strides = array.shape, array.strides
+
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in C order, one after the other."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides)):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
+
+    def copy(self, columns: Optional[int] = None) -> None:
+        """Goes over to a copy in C order, the last size of 1 repeated to ``columns``."""
+        if isinstance(self.held, _sparge.Array):
+            self._hold(self.held.copied(columns))
+            return
+        import numpy
+
+        array = self.held
+        if columns is not None:
+            array = numpy.broadcast_to(array, (*array.shape[:-1], columns))
+        array = numpy.array(array, order="C")
+        self.held, self.address = array, array.__array_interface__["data"][0]
+        self.shape = array.shape
+        self.strides = tuple(s // array.itemsize for s in array.strides)
 
     def raw(self, name: str) -> Any:
         if len(self.shape) != 4:
@@ -83,6 +120,8 @@ class _View:
         """A mask as 4-d, its last two sizes full (stride 0 where it was 1)."""
         if len(self.shape) > 4:
             raise SpargeError(f"{name} has {len(self.shape)} dimensions, expected at most 4")
+        if self.shape and self.shape[-1] == 1 and kv_len > 1:
+            self.copy(columns=kv_len)
         more = 4 - len(self.shape)
         shape = [1] * more + list(self.shape)
         strides = [0] * more + list(self.strides)
@@ -93,7 +132,7 @@ class _View:
                         f"{name} is {shape[2]}×{shape[3]}, expected {q_len}×{kv_len}"
                     )
                 if at == 3:
-                    raise SpargeError(f"{name} has one column; repeat it for every key")
+                    raise SpargeError(f"{name} has no dimensions, expected at least 1")
                 shape[at], strides[at] = full, 0
         return self.address, tuple(shape), tuple(strides)
 
@@ -179,7 +218,12 @@ class _Call:
         self.extra = _extra()
         self.held: list[Any] = []
         if options.key_lengths is not None:
-            lengths = [int(n) for n in options.key_lengths]
+            try:
+                lengths = [operator.index(n) for n in options.key_lengths]
+            except TypeError as error:
+                raise SpargeError(
+                    f"key_lengths is {options.key_lengths!r}, expected integers, one per batch entry"
+                ) from error
             if any(n < 0 for n in lengths):
                 raise SpargeError(f"key_lengths has the negative length {min(lengths)}")
             self.extra["kv_lens"] = lengths
@@ -206,12 +250,12 @@ class _Call:
 
     def blocks(self, mask: Any) -> None:
         view = _View(mask, "block_mask")
-        shape, strides = view.shape, view.strides
-        ordered = all(
-            strides[i] == strides[i + 1] * shape[i + 1] or shape[i] == 1 for i in range(3)
-        )
-        if view.dtype != "bool" or len(shape) != 4 or strides[3] != 1 or not ordered:
-            raise SpargeError("block_mask must be a contiguous bool array with 4 dimensions")
+        if view.dtype != "bool" or len(view.shape) != 4:
+            raise SpargeError(
+                f"block_mask is {view.dtype} with {len(view.shape)} dimensions, expected bool with 4"
+            )
+        if not view.is_contiguous():
+            view.copy()
         self.held.append(view)
         self.extra["block_mask"] = view.raw("block_mask")
 

@@ -11,6 +11,10 @@ from ._sparge import SpargeError
 
 PerHead = Union[float, Sequence[float], None]
 
+# What "auto" selects by, where it selects (`sparge::Selection::AUTO_CDF`).
+AUTO_CDF = 0.99
+
+QK = ("f32", "int8", "half")
 POOLINGS = {"block": "128x64", "sub_block": "16x16", "second_order": "16x16+2"}
 
 
@@ -20,7 +24,8 @@ class Config:
 
     * ``topk``: share of the reachable key blocks each query block attends, in (0, 1].
     * ``cdf``: the paper's τ: blocks of descending predicted mass until it is reached, in (0, 1].
-      With ``topk`` as well, their union. With neither: 0.99 from 1024 keys on, exact below.
+      With ``topk`` as well, their union. With neither: 0.99 from 1024 keys on, exact below; 0.99 at
+      any length where ``theta``, ``pv_gap`` or ``policy="paper"`` is given.
     * ``theta``: the judge θ in [0, 1): blocks that are not self-similar are kept. 0: off.
     * ``pv_gap``: λ of stage 2, natural-log units, above 0 (``inf``: off). Default 6.
     * ``pooling``: ``"second_order"`` (default on the CPU), ``"sub_block"``, ``"block"`` (the
@@ -36,7 +41,8 @@ class Config:
 
     * ``min_kv_len``: calls with fewer keys run dense. Default: never, for knobs that are set.
 
-    ``topk``, ``cdf``, ``theta`` and ``pv_gap`` take one value, or one per query head.
+    ``topk``, ``cdf``, ``theta`` and ``pv_gap`` take one value, or one per query head (a sequence, an
+    array or a tensor; kept as a tuple).
     """
 
     topk: PerHead = None
@@ -51,13 +57,33 @@ class Config:
     min_kv_len: Optional[int] = None
 
     def __post_init__(self) -> None:
+        for name in _PER_HEAD:
+            object.__setattr__(self, name, per_head(name, getattr(self, name)))
+        if self.qk is not None and self.qk not in QK:
+            raise SpargeError(f"qk is {self.qk!r}, expected one of {', '.join(QK)}")
         # Made once: compiled graphs then read a constant, whatever they think of floats.
         object.__setattr__(self, "_text", self._build())
 
     def override(self, **knobs: Any) -> "Config":
-        """A copy with those of ``knobs`` that are not None."""
+        """A copy with those of ``knobs`` that are not None.
+
+        What chooses blocks is replaced as a whole: a given ``topk`` or ``cdf`` drops this level's
+        ``topk``, ``cdf`` and other method; a given ``policy`` also what it cannot be combined with.
+        """
         given = {name: value for name, value in knobs.items() if value is not None}
-        return replace(self, **given) if given else self
+        if not given:
+            return self
+        dropped: set[str] = set()
+        if given.keys() & {"topk", "cdf", "policy"}:
+            dropped |= {"topk", "cdf"}
+            if self.policy not in _OWN_POLICIES:
+                dropped.add("policy")
+        policy = given.get("policy")
+        if policy is not None and policy not in _OWN_POLICIES:
+            dropped.add("theta")
+        if policy in ("dense", "paper"):
+            dropped |= {"pv_gap", "pooling"}
+        return replace(self, **{**dict.fromkeys(dropped), **given})
 
     def given(self) -> "dict[str, Any]":
         """The fields that are not None."""
@@ -88,10 +114,15 @@ class Config:
                 )
             words += ["select=all", "pv_gap=inf"] if policy == "dense" else [f"policy={policy}"]
         words += [
-            f"{name}={_values(name, getattr(self, name))}"
-            for name in ("topk", "cdf", "theta", "pv_gap")
+            f"{name}={_values(getattr(self, name))}"
+            for name in _PER_HEAD
             if getattr(self, name) is not None
         ]
+        # A knob that is given counts at any length; the automatic selection would leave it out of
+        # short calls.
+        is_given = self.pv_gap is not None or self.theta is not None or policy == "paper"
+        if is_given and policy in _OWN_POLICIES and self.topk is None and self.cdf is None:
+            words.append(f"cdf={AUTO_CDF}")
         pooling = self.pooling
         if policy == "paper":
             pooling = pooling or "block"
@@ -108,25 +139,40 @@ class Config:
         return " ".join(words)
 
 
-DENSE = Config(policy="dense")
-_DEFAULT = Config()
-_AUTO = Config(policy="auto")
+_PER_HEAD = ("topk", "cdf", "theta", "pv_gap")
+# Policies that choose blocks by this package's own prediction.
+_OWN_POLICIES = (None, "auto", "paper")
 
 
-def _values(name: str, value: Any) -> str:
-    """One float, or one per head, exactly (repr round-trips)."""
+def per_head(name: str, value: Any) -> PerHead:
+    """A knob as one float or a tuple of floats, which can be hashed and never change."""
+    if value is None or type(value) is float:
+        return value
     if isinstance(value, (int, float)):
-        return repr(float(value))
-    if hasattr(value, "tolist"):
+        return float(value)
+    if hasattr(value, "tolist"):  # numpy, torch
         value = value.tolist()
-        if isinstance(value, float):
-            return repr(value)
+        if isinstance(value, (int, float)):
+            return float(value)
     try:
-        return ",".join(repr(float(x)) for x in value)
-    except TypeError:
+        values = tuple(float(x) for x in value)
+    except (TypeError, ValueError):
         raise TypeError(
             f"{name} is {type(value).__name__}, expected a float or one float per query head"
         ) from None
+    if not values:
+        raise SpargeError(f"{name} is empty, expected a float or one float per query head")
+    return values
+
+
+def _values(value: Any) -> str:
+    """One float, or one per head, exactly (repr round-trips)."""
+    return ",".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
+
+
+DENSE = Config(policy="dense")
+_DEFAULT = Config()
+_AUTO = Config(policy="auto")
 
 
 def settings_text(

@@ -57,7 +57,16 @@ class _Call:
         settings: str,
     ) -> None:
         self.device = query.device
-        lens = None if kv_lens is None else tuple(kv_lens.tolist())
+        for name, tensor in (
+            ("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask),
+            ("block_mask", block_mask),
+        ):  # fmt: skip
+            # Kernels get addresses: nothing below would notice.
+            if tensor is not None and (tensor.device != self.device or not tensor.is_cuda):
+                raise SpargeError(
+                    f"{name} is on {tensor.device} and query on {self.device}; they must be on one GPU"
+                )
+        lens = None if kv_lens is None else _host_lens(kv_lens)
         element = None
         if attn_mask is not None:
             if attn_mask.ndim != 4:
@@ -73,7 +82,11 @@ class _Call:
         self.masks = None
         self.held: list[Tensor] = []
         if attn_mask is not None or block_mask is not None:
-            self.masks = (self._element(attn_mask, query, key, settings), self._blocks(block_mask))
+            kv_blocks = mask_shape(query, key, settings)[3]
+            self.masks = (
+                self._element(attn_mask, query, key, settings),
+                self._blocks(block_mask, kv_blocks),
+            )
         self.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         # Freed to the allocator right after the launch: what reuses it runs later on this stream.
         self.workspace = query.new_empty(self.kind.workspace_bytes, dtype=torch.uint8)
@@ -95,15 +108,15 @@ class _Call:
         self.held.append(mask)
         return mask.data_ptr(), mask.shape, mask.stride()  # type: ignore[return-value]
 
-    def _blocks(self, mask: Optional[Tensor]) -> "Optional[_sparge._Raw]":
+    def _blocks(self, mask: Optional[Tensor], kv_blocks: int) -> "Optional[_sparge._Raw]":
         if mask is None:
             return None
         batch, heads, q_blocks, words = self.kind.mask_shape
         fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
-        if not fits or mask.shape[2] != q_blocks or -(-mask.shape[3] // 64) * 2 != words:
+        if mask.dtype != torch.bool or not fits or mask.shape[2:] != (q_blocks, kv_blocks):
             raise SpargeError(
-                f"block_mask has shape {tuple(mask.shape)}, expected [{batch} or 1, {heads} or 1, "
-                f"{q_blocks}, kv_blocks]"
+                f"block_mask has shape {tuple(mask.shape)} and type {mask.dtype}, expected bool "
+                f"[{batch} or 1, {heads} or 1, {q_blocks}, {kv_blocks}]"
             )
         packed = pack(mask, words)
         self.held.append(packed)
@@ -186,6 +199,18 @@ def _kind(
     return kind
 
 
+def _host_lens(kv_lens: Tensor) -> tuple[int, ...]:
+    """The lengths, which decide the shape of the work: on a GPU tensor this waits for the device."""
+    if kv_lens.dtype != torch.int64 or kv_lens.ndim != 1:
+        raise SpargeError(
+            f"kv_lens is {kv_lens.dtype} with {kv_lens.ndim} dimensions, expected int64 with 1"
+        )
+    lens: tuple[int, ...] = tuple(kv_lens.tolist())
+    if any(n < 0 for n in lens):
+        raise SpargeError(f"kv_lens has the negative length {min(lens)}")
+    return lens
+
+
 def _for_cuda(settings: str) -> tuple[str, str]:
     """The settings and the arithmetic on a GPU. What asks for everything and no stage 2 wants
     exactness, so it gets 16-bit products; pooling is whole sub-blocks where nothing is said."""
@@ -231,7 +256,7 @@ def _kept_words(device: torch.device, words: int, keep_keys: str) -> Tensor:
         for part in keep_keys.split(","):
             start, end = (int(x) for x in part.split(":"))
             first, last = start // 64, min(-(-end // 64), words * 32)
-            bits |= (1 << last) - (1 << first)
+            bits |= (1 << max(first, last)) - (1 << first)
         values = [bits >> (32 * i) & 0xFFFFFFFF for i in range(words)]
         signed = [x - (1 << 32) if x >> 31 else x for x in values]
         found = _kept[about] = torch.tensor(signed, dtype=torch.int32, device=device)
@@ -291,15 +316,41 @@ def predict(
     shape = mask_shape(query, key, settings)
     keep_keys = _keep_keys(settings)
     if not call.kind.predicts:
-        lens = None if kv_lens is None else kv_lens.tolist()
-        words = [w for w in _for_cuda(settings)[0].split() if not w.startswith("keep_keys")]
-        blocks = _sparge.reachable(parsed(" ".join(words)), query.shape, key.shape, lens)  # type: ignore[arg-type]
-        found = torch.frombuffer(bytearray(blocks), dtype=torch.bool)
-        return found.view(shape).to(query.device)
+        return _reachable(query, key, attn_mask, block_mask, kv_lens, settings)
     found = call.select()
     if keep_keys:
         found |= _kept_words(query.device, found.shape[3], keep_keys)
     return unpack(found, shape[3])
+
+
+def _reachable(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Optional[Tensor],
+    block_mask: Optional[Tensor],
+    kv_lens: Optional[Tensor],
+    settings: str,
+) -> Tensor:
+    """The blocks that the masks allow, which is the prediction where nothing is left out. Found on
+    the host, where the same rules are written down; a mask makes it wait for the device."""
+    from ._ops import _extra
+
+    masks = [None if x is None else x.cpu() for x in (attn_mask, block_mask)]
+    if masks[0] is not None and masks[0].dtype != torch.bool:
+        masks[0] = masks[0].float()
+    held, extra = _extra(*masks, kv_lens)
+    found = torch.empty(mask_shape(query, key, settings), dtype=torch.bool)
+    # Nothing is predicted, so every row may be the same one.
+    row = torch.zeros(query.shape[3])
+    extra["mask_out"] = found.data_ptr()
+    about = ("layout=", "scale=", "causal=", "window=", "sink_blocks=")
+    words = [word for word in settings.split() if word.startswith(about)]
+    q, k = ((row.data_ptr(), x.shape, (0, 0, 0, 1)) for x in (query, key))
+    if found.numel():
+        text = " ".join([*words, "select=all"])
+        _sparge.predict(parsed(text), "f32", torch.get_num_threads(), q, k, extra)  # type: ignore[arg-type]
+    del held
+    return found.to(query.device)
 
 
 def quantize(key: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -220,7 +220,8 @@ for _name, _cpu, _gpu, _meta in (
 ):
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _gpu, "CUDA")
-    _library.impl(_name, _meta, "Meta")
+    # A fake kernel, not a Meta one alone: those refuse key lengths on the host beside CUDA tensors.
+    torch.library.register_fake(f"sparge::{_name}", _meta, lib=_library)
 
 attention = torch.ops.sparge.attention.default
 attention_full = torch.ops.sparge.attention_full.default

@@ -4,44 +4,59 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """The keys of query i, the last query at the last key.
+    """The keys of query i.
 
-    * ``causal``: none after its own position.
+    * ``causal``: none after its own position, which is ``i + offset``.
     * ``window``: its own position and the ``window - 1`` before it (None: all).
-    * ``keys``: per batch entry, the only keys ``(from, to)`` that are valid (None: all).
+    * ``keys``: per batch entry (one stands for all), the only keys ``(from, to)`` that are valid.
+      None: all are, and the last query is at the last key.
     """
 
     causal: bool
     window: Optional[int] = None
     keys: Optional[tuple[tuple[int, int], ...]] = None
+    offset: int = 0
+
+    def rows(self, at: int, q_len: int) -> tuple[int, int]:
+        """The queries of a batch entry that are not padding: those at a valid key's position. What
+        is not causal has no positions and no padding queries."""
+        assert self.keys is not None
+        if not self.causal:
+            return 0, q_len
+        start, end = self.keys[at]
+        return max(0, start - self.offset), min(q_len, end - self.offset)
 
 
 # Layers share one mask: it is looked at once per forward pass. A weak reference tells whether the
 # tensor is still the same object, the version whether it has been written to.
-_last: "tuple[Optional[weakref.ref[torch.Tensor]], int, Optional[Pattern]]" = (None, 0, None)
+_last: "tuple[Optional[weakref.ref[torch.Tensor]], Any, Optional[Pattern]]" = (None, None, None)
 
 
-def pattern_of(mask: torch.Tensor, q_len: int, kv_len: int) -> Optional[Pattern]:
-    """The pattern that equals ``mask`` on every row that has one of the sequence's keys at its own
-    position, or None. The answer is checked against the whole mask: nothing is assumed."""
+def pattern_of(
+    mask: torch.Tensor, q_len: int, kv_len: int, is_causal: bool
+) -> Optional[Pattern]:
+    """The pattern that equals ``mask``, or None. The answer is checked against the whole mask:
+    nothing is assumed. ``is_causal`` says whether queries have positions among the keys at all."""
     global _last
-    reference, version, pattern = _last
-    current = 0 if mask.is_inference() else mask._version
-    if reference is not None and reference() is mask and version == current:
+    if mask.is_inference():  # it has no version: nobody would notice a change
+        return _look(mask, q_len, kv_len, is_causal)
+    about = (mask._version, q_len, kv_len, is_causal)
+    reference, known, pattern = _last
+    if reference is not None and reference() is mask and known == about:
         return pattern
-    pattern = _look(mask, q_len, kv_len)
-    _last = (weakref.ref(mask), current, pattern)
+    pattern = _look(mask, q_len, kv_len, is_causal)
+    _last = (weakref.ref(mask), about, pattern)
     return pattern
 
 
-def _look(mask: torch.Tensor, q_len: int, kv_len: int) -> Optional[Pattern]:
+def _look(mask: torch.Tensor, q_len: int, kv_len: int, is_causal: bool) -> Optional[Pattern]:
     is_plain = mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1
     if not is_plain or mask.shape[2:] != (q_len, kv_len):
         return None
@@ -51,24 +66,33 @@ def _look(mask: torch.Tensor, q_len: int, kv_len: int) -> Optional[Pattern]:
     ranges = _ranges(valid)
     if ranges is None:
         return None
-    position = torch.arange(q_len, device=mask.device)[:, None] + (kv_len - q_len)
+    everything = all(r == (0, kv_len) for r in ranges)
+    if bool((rows == valid[:, None]).all()):
+        return Pattern(False, None, None if everything else ranges)
+    if not is_causal:
+        return None
+    offset = _offset(rows)
+    if offset < 0 or offset + q_len > kv_len:
+        return None
+    window = _window(rows, ranges, offset)
+    position = torch.arange(q_len, device=mask.device)[:, None] + offset
     column = torch.arange(kv_len, device=mask.device)
-    causal = not bool((rows & (column > position)).any())
-    window = _window(rows, ranges, kv_len) if causal else None
-    expected = column <= position if causal else torch.ones_like(column <= position)
+    expected = column <= position
     if window is not None:
         expected = expected & (column > position - window)
+    everything = everything and offset + q_len == kv_len
+    pattern = Pattern(True, window, None if everything else ranges, offset)
     for at, (start, end) in enumerate(ranges):
         own = expected & (column >= start) & (column < end)
-        # Rows at padded positions attend whatever transformers found convenient.
-        is_padding = (position[:, 0] < start) | (position[:, 0] >= end) if causal else None
-        same = (rows[at] == own).all(1)
-        if is_padding is not None:
-            same = same | is_padding
-        if not bool(same.all()):
+        if not bool((rows[at] == own).all()):
             return None
-    everything = all(r == (0, kv_len) for r in ranges)
-    return Pattern(causal, window, None if everything else ranges)
+        if not everything:
+            first, last = pattern.rows(at, q_len)
+            # Without a query of its own, or where a query before the end misses keys that a later
+            # one sees, an entry is not a padded sequence.
+            if last <= first or last + offset != end:
+                return None
+    return pattern
 
 
 def _ranges(valid: torch.Tensor) -> Optional[tuple[tuple[int, int], ...]]:
@@ -85,12 +109,23 @@ def _ranges(valid: torch.Tensor) -> Optional[tuple[tuple[int, int], ...]]:
     return tuple(ranges)
 
 
+def _offset(rows: torch.Tensor) -> int:
+    """The key at the first query's position, if the rows are causal: an entry's first query that
+    sees a key sees its own last, unless the entry's keys have ended before."""
+    first = rows.any(2).int().argmax(1)
+    seen = rows[torch.arange(len(rows), device=rows.device), first]
+    last = torch.where(seen, torch.arange(rows.shape[2], device=rows.device), -1).amax(1)
+    return int((last - first).max())
+
+
 def _window(
-    rows: torch.Tensor, ranges: tuple[tuple[int, int], ...], kv_len: int
+    rows: torch.Tensor, ranges: tuple[tuple[int, int], ...], offset: int
 ) -> Optional[int]:
-    """The window of the last row of the first sequence that ends at the last key."""
+    """What the query at an entry's last key sees, where that is not all of its keys."""
     for at, (start, end) in enumerate(ranges):
-        if end == kv_len:
-            seen = int(rows[at, -1].sum())
-            return None if seen == end - start else seen
+        row = end - 1 - offset
+        if 0 <= row < rows.shape[1]:
+            seen = int(rows[at, row].sum())
+            if seen < end - start:
+                return seen
     return None

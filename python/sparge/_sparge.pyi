@@ -9,7 +9,6 @@ __all__ = [
     "info",
     "predict",
     "quantize",
-    "reachable",
 ]
 
 _Four = tuple[int, int, int, int]
@@ -89,6 +88,7 @@ class Array:
     def take(array: Any) -> Array: ...
     @staticmethod
     def zeros(shape: list[int], dtype: str) -> Array: ...
+    def copied(self, columns: Optional[int] = None) -> Array: ...
     @property
     def address(self) -> int: ...
     @property
@@ -116,7 +116,4 @@ def predict(
 def quantize(
     dtype: str, layout: str, threads: int, k: _Raw, out: tuple[int, int, int]
 ) -> None: ...
-def reachable(
-    settings: Settings, q_shape: _Four, k_shape: _Four, kv_lens: Optional[list[int]]
-) -> bytes: ...
 def info() -> dict[str, Any]: ...

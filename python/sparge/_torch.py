@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _ops
-from ._config import DENSE, Config, settings_text
+from ._config import DENSE, Config, per_head, settings_text
 from ._mask import BlockMask
 from ._sparge import SpargeError
 from ._types import Quantized, Stats
@@ -48,12 +48,15 @@ def _settings(
     causal: Optional[str],
     window: Window,
     keep_keys: Any,
+    is_short_on_cuda: bool,
 ) -> tuple[str, str]:
     """The settings' text, and what they leave open: `AUTO`, `EXACT` or nothing."""
     config = (config or Config()).override(
         topk=topk, cdf=cdf, theta=theta, pv_gap=pv_gap, policy=policy
     )
     config = config.at(kv_len)
+    if is_short_on_cuda and config.is_default():
+        config = DENSE  # its arithmetic as well: the default one is int8
     text = settings_text(
         config, layout=layout, scale=scale, causal=causal, window=window, keep_keys=keep_keys
     )
@@ -62,16 +65,29 @@ def _settings(
     return text, EXACT if config.policy == "dense" else ""
 
 
-def _kept_settings(config: Optional[Config], kv_len: int, *knobs: Any) -> tuple[str, str]:
+def _kept_settings(
+    config: Optional[Config],
+    kv_len: int,
+    topk: Any,
+    cdf: Any,
+    theta: Any,
+    pv_gap: Any,
+    *more: Any,
+) -> tuple[str, str]:
     """`_settings`, remembered: building the text costs more than the rest of a call."""
     if config is None or config.min_kv_len is None:
         kv_len = 0  # the length changes nothing
-    knobs = (kv_len, config, *knobs)
+    # As values: an array or a tensor may be another one next time, under the same identity.
+    heads = (
+        per_head("topk", topk), per_head("cdf", cdf), per_head("theta", theta),
+        per_head("pv_gap", pv_gap),
+    )  # fmt: skip
+    knobs = (kv_len, config, *heads, *more)
     if torch.compiler.is_compiling():
         return _settings(*knobs)
     try:
         found = _texts.get(knobs)
-    except TypeError:  # lists or arrays of per-head values
+    except TypeError:  # ranges as lists
         return _settings(*knobs)
     if found is None:
         if len(_texts) > 4096:
@@ -117,26 +133,31 @@ def attention(
             config, fallback,
         )  # fmt: skip
         return _without_heads(one, layout, return_lse)
-    kv_len = key.shape[2 if layout == "HND" else 1]
+    _check_dims(query, key, value)
+    q_len, kv_len = _lens(query, key, layout)
     text, leaves = _kept_settings(
-        config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys
-    )
+        config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys,
+        query.is_cuda and _is_short(query, q_len, kv_len, AUTO, is_causal),
+    )  # fmt: skip
     try:
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
-        if leaves and layout == "HND" and _is_short(query, key, leaves, is_causal):
+        _same_device(query, block_mask, "block_mask")
+        if leaves and _is_short(query, q_len, kv_len, leaves, is_causal):
             extras = return_lse or return_stats or window or keep_keys
             plain = not extras and block_mask is None and key_lengths is None
-            if plain and (causal != "bottom_right" or query.shape[2] == key.shape[2]):
+            if plain and (causal != "bottom_right" or q_len == kv_len):
                 # The crossover: below it the default is exact attention, and SDPA is exact.
-                return sdpa(
-                    query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+                short = (query, key, value)
+                if layout == "NHD":
+                    short = tuple(x.transpose(1, 2) for x in short)  # type: ignore[assignment]
+                out = sdpa(
+                    *short, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
                 )
+                return out.transpose(1, 2) if layout == "NHD" else out
         if attn_mask is not None:
-            attn_mask = _element_mask(attn_mask, *_lens(query, key, layout))
+            attn_mask = _element_mask(attn_mask, q_len, kv_len)
         lens = None if key_lengths is None else _lengths(key_lengths, query)
-        batch = query.shape[0]
-        if key.shape[0] != batch or value.shape[0] != batch:
-            key, value = (x.expand(batch, -1, -1, -1) for x in (key, value))
+        query, key, value = _one_batch(query, key, value)
         if not (return_lse or return_stats):
             return _ops.attention(query, key, value, attn_mask, block_mask, lens, text)
         out, lse, counts = _ops.attention_full(
@@ -185,9 +206,8 @@ def is_plain_and_short(
     )
 
 
-def _is_short(query: Tensor, key: Tensor, leaves: str, is_causal: bool) -> bool:
+def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str, is_causal: bool) -> bool:
     """Whether the call is to be exact, and SDPA is the way to do that."""
-    q_len, kv_len = query.shape[2], key.shape[2]
     if query.is_cuda:
         return leaves == EXACT or kv_len < CUDA_MIN_LEN or q_len < AUTO_MIN_QUERIES
     if leaves == EXACT:
@@ -198,6 +218,37 @@ def _is_short(query: Tensor, key: Tensor, leaves: str, is_causal: bool) -> bool:
 def _lens(query: Tensor, key: Tensor, layout: str) -> tuple[int, int]:
     tokens = 2 if layout == "HND" else 1
     return query.shape[tokens], key.shape[tokens]
+
+
+def _one_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three with the same number of batch entries; 1 broadcasts."""
+    sizes = (query.shape[0], key.shape[0], value.shape[0])
+    batch = max(sizes)
+    if sizes == (batch, batch, batch):
+        return query, key, value
+    if any(n not in (1, batch) for n in sizes):
+        raise SpargeError(
+            f"query, key and value have {sizes[0]}, {sizes[1]} and {sizes[2]} batch entries, "
+            "expected the same number (1 broadcasts)"
+        )
+    query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    return query, key, value
+
+
+def _same_device(query: Tensor, tensor: Optional[Tensor], name: str) -> None:
+    if tensor is not None and tensor.device != query.device:
+        raise SpargeError(
+            f"query is on {query.device} and {name} on {tensor.device}; "
+            "they must be on one device"
+        )
+
+
+def _check_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise SpargeError(
+            f"query, key and value have {query.ndim}, {key.ndim} and {value.ndim} dimensions, "
+            "expected 4 each (or 3: batch, tokens, dim)"
+        )
 
 
 def _check(
@@ -222,17 +273,19 @@ def _check(
             "query, key or value requires gradients, and there is no backward pass; "
             "run under torch.no_grad() or torch.inference_mode()"
         )
-    if is_causal and attn_mask is not None:
-        raise SpargeError(
-            "is_causal cannot be combined with attn_mask: put the diagonal into the mask"
-        )
+    if attn_mask is not None:
+        if is_causal:
+            raise SpargeError(
+                "is_causal cannot be combined with attn_mask: put the diagonal into the mask"
+            )
+        if attn_mask.requires_grad and torch.is_grad_enabled():
+            raise SpargeError(
+                "attn_mask requires gradients, and there is no backward pass; "
+                "run under torch.no_grad() or torch.inference_mode()"
+            )
+        _same_device(query, attn_mask, "attn_mask")
     if layout != "HND" and layout != "NHD":
         raise SpargeError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise SpargeError(
-            f"query, key and value have {query.ndim}, {key.ndim} and {value.ndim} dimensions, "
-            "expected 4 each (or 3: batch, tokens, dim)"
-        )
     heads = 1 if layout == "HND" else 2
     if not enable_gqa and query.shape[heads] != key.shape[heads]:
         raise SpargeError(
@@ -272,7 +325,10 @@ def _element_mask(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
 def _lengths(lengths: Union[Tensor, Sequence[int]], query: Tensor) -> Tensor:
     """On the host: they decide the shape of the work. A tensor on a GPU makes the host wait."""
     device = "meta" if query.is_meta else "cpu"
-    return torch.as_tensor(lengths, dtype=torch.int64, device=device)
+    given = torch.as_tensor(lengths)
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
+        raise SpargeError(f"key_lengths is {given.dtype}, expected integers, one per batch entry")
+    return given.to(device, torch.int64)
 
 
 def dense_mask(
@@ -284,7 +340,11 @@ def dense_mask(
     device: torch.device,
 ) -> Optional[Tensor]:
     """The bool mask that says the same to SDPA, `[batch|1, 1, q_len, kv_len]`."""
-    offset = kv_len - q_len if causal == "bottom_right" or (window and causal is None) else 0
+    offset: Union[int, Tensor] = 0
+    if causal == "bottom_right" or (window and causal is None):
+        # The last query stands at the last valid key.
+        valid = kv_len if key_lengths is None else key_lengths[:, None, None, None]
+        offset = valid - q_len
     rows = torch.arange(q_len, device=device)[:, None] + offset
     columns = torch.arange(kv_len, device=device)
     mask: Optional[Tensor] = None
@@ -375,12 +435,14 @@ def predict(
     key_lengths: Any,
 ) -> BlockMask:
     """`sparge.predict` on torch tensors."""
-    tokens = 2 if layout == "HND" else 1
-    q_len, kv_len = query.shape[tokens], key.shape[tokens]
+    _check_dims(query, key, key)
+    _check(query, key, key, 0.0, causal is not None, attn_mask, True, layout)
+    q_len, kv_len = _lens(query, key, layout)
     text, _ = _settings(
         kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
-        causal, window, None,
+        causal, window, None, query.is_cuda and _is_short(query, q_len, kv_len, AUTO, is_causal),
     )  # fmt: skip
+    query, key, _ = _one_batch(query, key, key)
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)
     lens = None if key_lengths is None else _lengths(key_lengths, query)
     return BlockMask(_ops.predict(query, key, mask, None, lens, text), q_len, kv_len)

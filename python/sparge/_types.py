@@ -10,7 +10,8 @@ from typing import Any
 class Stats:
     """What a call skipped, as fractions of what the masks allowed.
 
-    ``counts`` is ``[batch, heads, 4]`` int64, of the caller's framework: blocks that are reachable,
+    ``counts`` is ``[batch, heads, 4]`` int64, a torch tensor for torch calls and a numpy array for
+    numpy and DLPack calls: blocks that are reachable,
     blocks whose Q·Kᵀ was computed, groups of 16 rows that are reachable, groups whose P·V was
     computed. On CUDA the last two are block counts too: stage 2 is not counted there.
     """

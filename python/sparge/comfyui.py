@@ -27,7 +27,8 @@ class Override:
 
     Self-attention of at least ``MIN_TOKENS`` tokens without a mask becomes sparse; everything else
     (cross-attention, masks, short sequences, dense steps and layers, calls that ask for full
-    precision) goes to ComfyUI's function unchanged.
+    precision) goes to ComfyUI's function unchanged. ComfyUI does not say which tokens of a joint
+    sequence are text: they compete with the image's, so leave room (a higher ``topk``) for them.
     """
 
     def __init__(self, config: Config, dense_steps: int = 0, dense_layers: int = 0) -> None:
@@ -47,6 +48,7 @@ class Override:
             and length >= MIN_TOKENS
             and k.shape[tokens] == length
             and kwargs.get("low_precision_attention", True)
+            and kwargs.get("attn_precision") != torch.float32
             and len(args) <= 5
             and not self._is_dense(options)
         )
@@ -67,8 +69,14 @@ class Override:
 
     def _is_dense(self, options: "dict[str, Any]") -> bool:
         layer = options.get("block_index")
-        if self.dense_layers and layer is not None and layer < self.dense_layers:
-            return True
+        if self.dense_layers:
+            if layer is None:
+                raise SpargeError(
+                    "transformer_options has no block_index, so layers cannot be told apart; "
+                    "set dense_layers to 0"
+                )
+            if layer < self.dense_layers:
+                return True
         return bool(self.dense_steps) and _step(options) < self.dense_steps
 
 

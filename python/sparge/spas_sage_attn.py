@@ -15,8 +15,11 @@ What differs from the authors' code (thu-ml/SpargeAttn, 2025-12), everywhere:
 * ``pvthreshd`` is a gap in log2 units as there; it becomes λ = pvthreshd·ln 2.
 * The diagonal blocks of a causal call and the first key block are always kept
   (``attention_sink`` is therefore always on), and they count towards ``topk``.
-* The output has the input's type (float32 comes back as float32), and any length and head
-  dimension up to 256 works, also grouped-query attention.
+* The output has the input's type (float32 comes back as float32). Any length works, and
+  grouped-query attention; head dimensions as in ``sparge.attention`` (on a GPU some are refused, by
+  name).
+* ``smooth_k=False`` is refused: where keys are quantised they are smoothed, and results differ by
+  rounding alone.
 * ``return_sparsity`` is the share of *reachable* blocks that was skipped.
 * CPU tensors work too.
 """
@@ -29,7 +32,7 @@ from typing import Any, Optional, Union
 import torch
 
 from ._api import attention, block_sparse_attention
-from ._config import Config
+from ._config import Config, per_head
 from ._mask import BLOCK_KV, BLOCK_Q
 from ._sparge import SpargeError
 
@@ -37,11 +40,17 @@ Tensor = torch.Tensor
 PerHead = Union[float, Tensor, None]
 
 
-def _values(value: Any) -> Any:
+def _values(name: str, value: Any) -> Any:
+    """One float or a tuple of floats; a tensor, array or list of one is one value, as there."""
     if isinstance(value, Tensor):
-        value = value.flatten().tolist()
-        return value[0] if len(value) == 1 else tuple(value)
-    return value
+        value = value.flatten()
+    value = per_head(name, value)
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
+
+def _check_smooth(smooth_k: bool) -> None:
+    if not smooth_k:
+        raise SpargeError("smooth_k is False; keys are always smoothed here, leave it at True")
 
 
 def _map(value: Any, function: Any) -> Any:
@@ -87,10 +96,10 @@ def _config(
     topk: PerHead = None, cdf: PerHead = None, theta: PerHead = None, gap: PerHead = None
 ) -> Config:
     return Config(
-        topk=_values(topk),
-        cdf=_values(cdf),
-        theta=_map(_values(theta), lambda x: min(max(x, 0.0), math.nextafter(1.0, 0.0))),
-        pv_gap=_map(_values(gap), lambda x: x * math.log(2)),
+        topk=_values("topk", topk),
+        cdf=_values("cdfthreshd", cdf),
+        theta=_map(_values("simthreshd1", theta), lambda x: min(max(x, 0.0), math.nextafter(1.0, 0.0))),
+        pv_gap=_map(_values("pvthreshd", gap), lambda x: x * math.log(2)),
         pooling="block",
     )
 
@@ -114,8 +123,9 @@ def spas_sage2_attn_meansim_topk_cuda(
 ) -> Any:
     """Top-k by pooled scores: ``sparge.attention(..., topk=topk, pooling="block")``.
 
-    ``smooth_k`` and ``attention_sink`` are always on here and accepted for their names' sake.
+    ``attention_sink`` is always on here and accepted for its name's sake.
     """
+    _check_smooth(smooth_k)
     config = _config(topk=topk, theta=simthreshd1, gap=pvthreshd)
     result = _call(
         q, k, v, attn_mask, dropout_p, is_causal, scale, tensor_layout, config, return_sparsity
@@ -141,6 +151,7 @@ def spas_sage2_attn_meansim_cuda(
     return_sparsity: bool = False,
 ) -> Any:
     """Cumulative mass of pooled scores: ``sparge.attention(..., cdf=…, theta=…, pooling="block")``."""
+    _check_smooth(smooth_k)
     config = _config(cdf=cdfthreshd, theta=simthreshd1, gap=pvthreshd)
     result = _call(
         q, k, v, attn_mask, dropout_p, is_causal, scale, tensor_layout, config, return_sparsity
@@ -167,6 +178,7 @@ def block_sparse_sage2_attn_cuda(
     ``mask_id`` ``[batch, heads, ceil(q_len / 128), ceil(kv_len / 64)]``, 1 or True is computed: the
     128×64 geometry on every GPU (the authors' is 64×128 on Hopper).
     """
+    _check_smooth(smooth_k)
     if dropout_p:
         raise SpargeError(f"dropout_p is {dropout_p}, expected 0: this is inference")
     head, token = (1, 2) if tensor_layout == "HND" else (2, 1)
@@ -180,7 +192,7 @@ def block_sparse_sage2_attn_cuda(
         mask_id.bool(),
         scale=scale,
         enable_gqa=q.shape[head] != k.shape[head],
-        pv_gap=_map(_values(pvthreshd), lambda x: x * math.log(2)),
+        pv_gap=_map(_values("pvthreshd", pvthreshd), lambda x: x * math.log(2)),
         layout=tensor_layout,
         return_stats=return_sparsity,
     )

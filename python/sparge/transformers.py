@@ -10,9 +10,10 @@ Prefill is sparse; decoding (fewer than 16 queries) is dense, through transforme
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional, Union
 
 import torch
@@ -59,7 +60,6 @@ class Schedule:
 
 
 _schedules: "weakref.WeakKeyDictionary[Any, Schedule]" = weakref.WeakKeyDictionary()
-_default = Schedule()
 
 
 def register(
@@ -72,11 +72,11 @@ def register(
 ) -> None:
     """Registers the attention function and its mask function under ``name``.
 
-    The other arguments are :func:`configure`'s, for every model that has not been configured.
+    The other arguments are :func:`configure`'s, for models that use this name and have not been
+    configured. Several names may be registered with different settings.
     """
-    global _default
-    _default = _schedule(config, dense_layers, calibration, knobs)
-    AttentionInterface.register(name, attention_forward)
+    schedule = _schedule(config, dense_layers, calibration, knobs)
+    AttentionInterface.register(name, functools.partial(_attention_forward, schedule))
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
@@ -116,9 +116,7 @@ def _schedule(
     knobs: "dict[str, Any]",
 ) -> Schedule:
     layers = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
-    # Per-head lists would make the settings unhashable, and every call would build them anew.
-    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()}
-    config = (config or Config()).override(**hashable)
+    config = (config or Config()).override(**knobs)
     parsed(config.text())  # refuses bad settings here rather than in the middle of a forward pass
     loaded = None if calibration is None else load_calibration(calibration)
     return Schedule(config, frozenset(layers), loaded)
@@ -137,7 +135,8 @@ def _check_shape(model: torch.nn.Module, calibration: Calibration) -> None:
             )
 
 
-def attention_forward(
+def _attention_forward(
+    default: Schedule,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -148,7 +147,7 @@ def attention_forward(
     is_causal: Optional[bool] = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function. ``query`` ``[batch, heads, q_len, dim]``; the output has tokens
+    """The attention function; ``default`` is its name's. ``query`` ``[batch, heads, q_len, dim]``; the output has tokens
     before heads, as transformers wants it."""
     _refuse(kwargs, dropout)
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -160,7 +159,7 @@ def attention_forward(
         )
     if bias is not None:
         raise SpargeError("a position bias is not supported; use attn_implementation='sdpa'")
-    schedule = _schedules.get(module, _default)
+    schedule = _schedules.get(module, default)
     index = getattr(module, "layer_idx", None)
     config = schedule.config if index is None else schedule.layer(index)
     window = kwargs.get("sliding_window")
@@ -179,7 +178,7 @@ def attention_forward(
     elif torch.compiler.is_compiling():
         pattern = None
     else:
-        pattern = pattern_of(attention_mask, q_len, kv_len)
+        pattern = pattern_of(attention_mask, q_len, kv_len, bool(causal))
     if pattern is None and query.is_cuda and sinks is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
@@ -244,16 +243,14 @@ def _attend(
     }
     if pattern.keys is None:
         return call(query, key, value, **more)
-    # Padded: each sequence alone, on views of its own keys. A row that is padding has no keys of
-    # its own sequence before it and is zero.
-    q_len, kv_len = query.shape[2], key.shape[2]
+    # Padded: each sequence alone, on views of its own keys. Rows that are padding are zero.
+    batch, _, q_len, _ = query.shape
+    ranges = pattern.keys * (batch if len(pattern.keys) == 1 else 1)
+    pattern = replace(pattern, keys=ranges)
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32) if wants_lse else None
-    for at, (start, end) in enumerate(pattern.keys):
-        first = max(0, start - (kv_len - q_len)) if pattern.causal else 0
-        last = q_len - (kv_len - end) if pattern.causal else q_len
-        if end <= start or last <= first:
-            continue
+    for at, (start, end) in enumerate(ranges):
+        first, last = pattern.rows(at, q_len)
         rows, keys = slice(first, last), slice(start, end)
         one = slice(at, at + 1)
         part, part_lse = call(query[one, :, rows], key[one, :, keys], value[one, :, keys], **more)

@@ -12,6 +12,7 @@ use sparge::{
     AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, BlockMask, Element, ElementMask, Layout,
     Lengths, Plan, Selection, Side,
 };
+use std::sync::OnceLock;
 
 /// Tensors beside q, k and v. All are on the CPU; addresses of 0 stand for none.
 #[derive(Debug, FromPyObject)]
@@ -59,7 +60,8 @@ pub(crate) fn attend(
     out: usize,
     extra: Option<Extra>,
 ) -> PyResult<(f64, f64)> {
-    let call = Call { settings, q, k, v, extra, threads };
+    settings.check_for_cpu()?;
+    let call = Call { settings, q, k, v, extra, threads, bools: OnceLock::new() };
     py.detach(|| match dtype {
         "f32" => call.attend::<f32>(out),
         "f16" => call.attend::<f16>(out),
@@ -79,7 +81,9 @@ pub(crate) fn predict(
     k: Raw,
     extra: Extra,
 ) -> PyResult<()> {
-    let call = Call { settings, q, k, v: k, extra: Some(extra), threads };
+    settings.check_for_cpu()?;
+    let bools = OnceLock::new();
+    let call = Call { settings, q, k, v: k, extra: Some(extra), threads, bools };
     py.detach(|| match dtype {
         "f32" => call.predict::<f32>(),
         "f16" => call.predict::<f16>(),
@@ -119,6 +123,8 @@ struct Call<'a> {
     v: Raw,
     extra: Option<Extra>,
     threads: usize,
+    /// The bool mask, where its bytes are not Rust's bools.
+    bools: OnceLock<Vec<bool>>,
 }
 
 impl Call<'_> {
@@ -228,10 +234,13 @@ impl Call<'_> {
 
     fn element_mask(&self) -> PyResult<Option<ElementMask<'_>>> {
         let Some(extra) = &self.extra else { return Ok(None) };
-        // SAFETY: the Python side's promise; torch and numpy hold bools as 0 and 1.
+        // SAFETY: the Python side's promise.
         unsafe {
             Ok(match (&extra.bool_mask, &extra.bias) {
-                (Some(mask), _) => Some(ElementMask::Bool(mask.view("attn_mask", Layout::Hnd)?)),
+                (Some(mask), _) => {
+                    let mask = mask.bools("attn_mask", Layout::Hnd, &self.bools)?;
+                    Some(ElementMask::Bool(mask))
+                }
                 (_, Some(bias)) => {
                     Some(ElementMask::Additive(bias.view("attn_mask", Layout::Hnd)?))
                 }

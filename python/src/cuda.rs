@@ -5,9 +5,7 @@ use crate::errors::{SpargeError, cuda, refused};
 use crate::settings::Settings;
 use crate::tensor::{Four, Raw};
 use pyo3::prelude::*;
-use sparge::{
-    AttentionOptions, AttentionShape, Dims, Layout, Lengths, Plan, SpargeConfig, TensorView,
-};
+use sparge::{AttentionOptions, AttentionShape, Dims, Layout, Lengths};
 use sparge_cuda::{
     Attention, CudaOptions, DType, Device, DeviceBlockMask, ElementMask, Environment, Inputs,
     MaskKind, Output, Precision, Stream, Tensor,
@@ -235,31 +233,6 @@ impl CudaCall {
         output.stats = (stats != 0).then_some(stats);
         Ok(output)
     }
-}
-
-/// The blocks that a call's masks allow, `[batch, heads, q_blocks, kv_blocks]` bytes: what stage 1
-/// gives where nothing is left out.
-#[pyfunction]
-pub(crate) fn reachable(
-    settings: &Settings,
-    q_shape: Four<usize>,
-    k_shape: Four<usize>,
-    kv_lens: Option<Vec<usize>>,
-) -> PyResult<Vec<u8>> {
-    let shape = shape(settings.layout, &(q_shape, k_shape, k_shape))?;
-    let lengths = kv_lens.as_deref().map_or(Lengths::Full, Lengths::Keys);
-    let options = AttentionOptions { lengths, ..settings.options() };
-    let plan = Plan::new(shape, &options, &SpargeConfig::dense()).map_err(refused)?;
-    // Nothing is predicted, so every row may be the same one.
-    let row = vec![0.0f32; shape.head_dim];
-    let strides = sparge::Strides { batch: 0, head: 0, token: 0 };
-    let view = |heads, len| {
-        let dims = Dims { batch: shape.batch, heads, len, dim: shape.head_dim };
-        TensorView::strided(&row, dims, strides)
-    };
-    let q = view(shape.num_qo_heads, shape.qo_len).map_err(refused)?;
-    let k = view(shape.num_kv_heads, shape.kv_len).map_err(refused)?;
-    Ok(sparge::predict(&plan, &q, &k).map_err(refused)?.to_bytes())
 }
 
 fn shape(

@@ -156,6 +156,45 @@ impl Array {
         Ok(Self { memory: Memory::Owned(memory), address, dtype, shape, strides })
     }
 
+    /// A copy in C order. A last dimension of 1 is repeated to `columns` where that is given.
+    #[pyo3(signature = (columns=None))]
+    fn copied(&self, columns: Option<i64>) -> PyResult<Self> {
+        let mut shape = self.shape.clone();
+        let mut strides = self.strides.clone();
+        if let (Some(columns), Some(size), Some(stride)) =
+            (columns, shape.last_mut(), strides.last_mut())
+            && *size == 1
+        {
+            (*size, *stride) = (columns, 0);
+        }
+        let copy = Self::zeros(shape.clone(), self.dtype)?;
+        let count: i64 = shape.iter().product();
+        let bits = TYPES.iter().find(|(name, _, _)| *name == self.dtype).map_or(8, |x| x.2);
+        let size = usize::from(bits / 8);
+        let mut at = vec![0i64; shape.len()];
+        for i in 0..usize::try_from(count).unwrap_or(0) {
+            let offset: i64 = at.iter().zip(&strides).map(|(a, s)| a * s).sum();
+            let from = self.address.wrapping_add_signed(offset as isize * size as isize);
+            // SAFETY: `at` is inside the shape, whose elements the producer holds for as long as
+            // `self` lives; `copy` has `count` elements of the same size.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    from as *const u8,
+                    (copy.address + i * size) as *mut u8,
+                    size,
+                );
+            }
+            for d in (0..shape.len()).rev() {
+                at[d] += 1;
+                if at[d] < shape[d] {
+                    break;
+                }
+                at[d] = 0;
+            }
+        }
+        Ok(copy)
+    }
+
     /// Address of the first element.
     #[getter]
     fn address(&self) -> usize {

@@ -20,7 +20,7 @@ mod _sparge {
     #[pymodule_export]
     use super::call::{attend, predict, quantize};
     #[pymodule_export]
-    use super::cuda::{CudaCall, reachable};
+    use super::cuda::CudaCall;
     #[pymodule_export]
     use super::dlpack::Array;
     #[pymodule_export]

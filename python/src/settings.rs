@@ -18,7 +18,7 @@ use std::str::FromStr;
 /// Keys: `layout` HND or NHD; `scale`; `causal` top_left or bottom_right; `window` left,right (`-`
 /// is unbounded); `sink_blocks`; `select` auto or all; `topk`, `cdf`, `theta`, `pv_gap` (one value
 /// or one per query head, commas between them); `pooling` QxK or QxK+2 (with the second-order
-/// term); `keep_first`; `qk` f32 or int8; `isa`; `keep_keys` from:to,… (tokens whose key blocks
+/// term); `keep_first`; `qk` f32, int8, or half (CUDA alone); `isa`; `keep_keys` from:to,… (tokens whose key blocks
 /// every query attends); `policy` (another method's way to choose, as [`Policy`] reads it).
 #[pyclass(frozen, module = "sparge._sparge")]
 #[derive(Debug, Clone, Default)]
@@ -27,6 +27,8 @@ pub(crate) struct Settings {
     pub(crate) layout: Layout,
     pub(crate) keep_keys: Vec<Range<usize>>,
     pub(crate) policy: Option<Policy>,
+    /// Both products in 16 bits, which the CPU does not do.
+    is_half: bool,
     softmax_scale: Option<f64>,
     causal: Option<Alignment>,
     window: Option<Window>,
@@ -44,6 +46,14 @@ impl Settings {
             layout: self.layout,
             ..AttentionOptions::default()
         }
+    }
+
+    /// Refuses what the CPU does not do.
+    pub(crate) fn check_for_cpu(&self) -> PyResult<()> {
+        if self.is_half {
+            return Err(bad("qk", "half", "f32 or int8 on the CPU: half is a setting of CUDA"));
+        }
+        Ok(())
     }
 
     /// Whether nothing is predicted or quantised below [`Selection::AUTO_MIN_LEN`] keys.
@@ -78,6 +88,7 @@ impl Settings {
                 "pv_gap" => settings.config.lambda = per_head(numbers(key, value)?),
                 "pooling" => settings.config.pooling = pooling(value)?,
                 "keep_first" => settings.config.keep_first = number(key, value)?,
+                "qk" if value == "half" => settings.is_half = true,
                 "qk" => settings.config.qk = precision(value)?,
                 "policy" => settings.policy = Some(value.parse().map_err(refused)?),
                 "isa" => settings.config.isa = Some(isa(value)?),
@@ -186,7 +197,7 @@ fn precision(value: &str) -> PyResult<QkPrecision> {
     match value {
         "f32" => Ok(QkPrecision::F32),
         "int8" => Ok(QkPrecision::Int8),
-        _ => Err(bad("qk", value, "f32 or int8")),
+        _ => Err(bad("qk", value, "f32, int8, or (on CUDA) half")),
     }
 }
 

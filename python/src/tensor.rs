@@ -4,6 +4,7 @@
 use crate::errors::{SpargeError, refused};
 use pyo3::prelude::*;
 use sparge::{Dims, Element, Layout, Strides, TensorView};
+use std::sync::OnceLock;
 
 pub(crate) type Four<T> = (T, T, T, T);
 
@@ -51,14 +52,45 @@ impl Raw {
     /// The tensor as a view.
     ///
     /// # Safety
-    /// * The address is aligned for `T`, and shape and strides stay inside one allocation of
-    ///   initialised `T`s (for `bool`: bytes 0 and 1).
+    /// * Shape and strides stay inside one allocation of initialised `T`s.
     /// * It lives, and nobody writes to it, for `'a`.
     pub(crate) unsafe fn view<'a, T: Copy>(
         &self,
         name: &str,
         layout: Layout,
     ) -> PyResult<TensorView<'a, T>> {
+        // SAFETY: the caller's promise.
+        let (data, dims, strides) = unsafe { self.span::<T>(name, layout)? };
+        TensorView::strided(data, dims, strides).map_err(refused)
+    }
+
+    /// A bool tensor as a view. Other frameworks' bools may be bytes above 1, which Rust's may not:
+    /// those are copied to `kept`.
+    ///
+    /// # Safety
+    /// As [`Raw::view`] for `u8`.
+    pub(crate) unsafe fn bools<'a>(
+        &self,
+        name: &str,
+        layout: Layout,
+        kept: &'a OnceLock<Vec<bool>>,
+    ) -> PyResult<TensorView<'a, bool>> {
+        // SAFETY: the caller's promise.
+        let (bytes, dims, strides) = unsafe { self.span::<u8>(name, layout)? };
+        let data = if bytes.iter().all(|&byte| byte <= 1) {
+            // SAFETY: the same memory, and each of its bytes is a bool.
+            unsafe { slice::<bool>(bytes.as_ptr() as usize, bytes.len()) }
+        } else {
+            kept.get_or_init(|| bytes.iter().map(|&byte| byte != 0).collect())
+        };
+        TensorView::strided(data, dims, strides).map_err(refused)
+    }
+
+    /// The elements from the first to the last one reached, and how they are arranged.
+    ///
+    /// # Safety
+    /// As [`Raw::view`].
+    unsafe fn span<'a, T>(&self, name: &str, layout: Layout) -> PyResult<(&'a [T], Dims, Strides)> {
         let (dims, strides) = (self.dims(layout), self.strides(name, layout)?);
         let last = |size: usize, stride: usize| size.saturating_sub(1).checked_mul(stride);
         let reach = last(dims.batch, strides.batch)
@@ -68,9 +100,18 @@ impl Raw {
             .filter(|reach| *reach <= isize::MAX as usize / size_of::<T>())
             .ok_or_else(|| refused(sparge::Error::Overflow { tensor: "tensor" }))?;
         let is_empty = dims.batch == 0 || dims.heads == 0 || dims.len == 0 || dims.dim == 0;
-        // SAFETY: by the contract the last element reached is inside the allocation.
-        let data = unsafe { slice(self.address, if is_empty { 0 } else { reach }) };
-        TensorView::strided(data, dims, strides).map_err(refused)
+        let reach = if is_empty { 0 } else { reach };
+        if reach > 0 && (self.address == 0 || self.address % align_of::<T>() != 0) {
+            let m = format!(
+                "{name} is at address {:#x}, expected a multiple of {}; copy it first",
+                self.address,
+                align_of::<T>()
+            );
+            return Err(SpargeError::new_err(m));
+        }
+        // SAFETY: by the contract the last element reached is inside the allocation; the address was
+        // just checked.
+        Ok((unsafe { slice(self.address, reach) }, dims, strides))
     }
 }
 

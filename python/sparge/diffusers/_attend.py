@@ -86,17 +86,19 @@ def _joint(
 
 
 _Valid = Union[slice, Tensor]
-_last: "tuple[Optional[weakref.ref[Tensor]], list[_Valid]]" = (None, [])
+_last: "tuple[Optional[weakref.ref[Tensor]], Any, list[_Valid]]" = (None, None, [])
 
 
 def _valid(mask: Tensor, batch: int, length: int) -> "list[_Valid]":
     """The valid keys of each batch entry: a slice where they are one run, indices otherwise.
 
-    All layers of a forward pass share the mask, so the host waits for the device once per pass.
+    All layers of a forward pass share the mask, so the host waits for the device once per pass. (An
+    inference tensor has no version that tells of changes: it is looked at by every layer.)
     """
     global _last
-    reference, known = _last
-    if reference is not None and reference() is mask:
+    about = None if mask.is_inference() else (mask._version, batch, length)
+    reference, seen, known = _last
+    if about is not None and about == seen and reference is not None and reference() is mask:
         return known
     if mask.dtype != torch.bool or mask.shape[1:] != (1, 1, length):
         raise SpargeError(
@@ -111,7 +113,8 @@ def _valid(mask: Tensor, batch: int, length: int) -> "list[_Valid]":
         first, last = int(indices[0]), int(indices[-1]) + 1
         is_run = last - first == len(indices)
         found.append(slice(first, last) if is_run else indices.to(mask.device))
-    _last = (weakref.ref(mask), found)
+    if about is not None:
+        _last = (weakref.ref(mask), about, found)
     return found
 
 

@@ -78,13 +78,27 @@ def sparge_attention(
     """
     if dropout_p:
         raise SpargeError(f"dropout_p is {dropout_p}, expected 0: this is inference")
-    layer = _running.layer
-    config = Config() if layer is None else layer.config()
     if _parallel_config is not None:
         return dispatch._templated_context_parallel_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse,
             forward_op=_ring_step, backward_op=_no_backward, _parallel_config=_parallel_config,
         )  # fmt: skip
+    return _whole(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse)
+
+
+def _whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    is_causal: bool,
+    scale: Optional[float],
+    enable_gqa: bool,
+    return_lse: bool,
+) -> Any:
+    """All tokens of (some of) the heads."""
+    layer = _running.layer
+    config = Config() if layer is None else layer.config()
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attn_mask is not None and attn_mask.ndim == 2:
         attn_mask = attn_mask[:, None, None, :]
@@ -140,8 +154,14 @@ def _ring_step(
     _save_ctx: bool = True,
     _parallel_config: Any = None,
 ) -> Any:
-    """One shard of keys. Where text stands in a shard is not known: its tokens compete like all
+    """One shard of keys under ring parallelism; under Ulysses alone every token of some heads, which
+    is an ordinary call. Where text stands in a shard is not known: its tokens compete like all
     others, so give them room (a higher ``topk`` or ``cdf``) under context parallelism."""
+    if _parallel_config is not None and _parallel_config.context_parallel_config.ring_degree == 1:
+        result = _whole(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse)
+        parts = result if return_lse else (result,)
+        parts = tuple(x.contiguous() for x in parts)
+        return parts if return_lse else parts[0]
     layer = _running.layer
     config = Config() if layer is None else layer.config()
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Iterable
 from typing import Any, Optional, Union
 
@@ -14,6 +15,10 @@ from .._config import Config, parsed
 from .._sparge import SpargeError
 from . import _backend, _processors
 from ._models import Model, attention_modules, model_of
+
+
+# Transformers that run sparse: their handle must be disabled before they are enabled again.
+_enabled: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 
 
 class Layer:
@@ -52,6 +57,9 @@ class Enabled:
         self._dense_layers = dense_layers
         self._calibration = calibration
         self._undo: list[Any] = []
+        self._pipe: Any = None
+        self._scheduler: Any = None
+        self._uncount: list[Any] = []
         self._settings: dict[int, Config] = {}
 
     def config_of(self, layer: int) -> Optional[Config]:
@@ -67,9 +75,13 @@ class Enabled:
         return found
 
     def disable(self) -> None:
-        """Restores everything that `enable` changed."""
-        while self._undo:
-            self._undo.pop()()
+        """Restores everything that `enable` changed, also where one part fails: the first failure is
+        raised at the end."""
+        self._pipe = self._scheduler = None
+        failed = _run_all(self._uncount + self._undo)
+        self._uncount, self._undo = [], []
+        if failed is not None:
+            raise failed
 
     def __enter__(self) -> "Enabled":
         return self
@@ -78,12 +90,19 @@ class Enabled:
         self.disable()
 
     def _attach(self, transformer: torch.nn.Module) -> None:
+        if transformer in _enabled:
+            raise SpargeError(
+                f"this {type(transformer).__name__} is enabled already; call disable() of the handle "
+                "that enable() returned first"
+            )
         model = model_of(transformer)
         modules = list(attention_modules(transformer, model))
         if not modules:
             raise SpargeError(f"{type(transformer).__name__} has no attention layers")
         for _, module in modules:
             _processors.check(module, model)
+        _enabled.add(transformer)
+        self._undo.append(lambda: _enabled.discard(transformer))
         self._watch_text(transformer)
         for index, module in modules:
             layer = Layer(self, index, model)
@@ -122,10 +141,20 @@ class Enabled:
             given = dict(zip(names, args), **kwargs)
             text = given.get("encoder_hidden_states")
             self.text_len = 0 if text is None else int(text.shape[1])
+            self._count_steps()
 
         self._undo.append(transformer.register_forward_pre_hook(note, with_kwargs=True).remove)
 
-    def _count_steps(self, scheduler: Any) -> None:
+    def _count_steps(self) -> None:
+        """Watches the pipeline's scheduler, also one that has replaced another."""
+        scheduler = getattr(self._pipe, "scheduler", None)
+        if scheduler is self._scheduler:
+            return
+        _run_all(self._uncount)
+        self._scheduler, self.step = scheduler, 0
+        if scheduler is None:
+            return
+        before = {name: vars(scheduler).get(name) for name in ("step", "set_timesteps")}
         step, begin = scheduler.step, scheduler.set_timesteps
 
         @functools.wraps(step)
@@ -138,9 +167,26 @@ class Enabled:
             self.step = 0
             return begin(*args, **kwargs)
 
+        def restore() -> None:
+            for name, value in before.items():
+                if value is None:
+                    vars(scheduler).pop(name, None)
+                else:
+                    setattr(scheduler, name, value)
+
         scheduler.step, scheduler.set_timesteps = counted, begun
-        self._undo.append(lambda: delattr(scheduler, "step"))
-        self._undo.append(lambda: delattr(scheduler, "set_timesteps"))
+        self._uncount.append(restore)
+
+
+def _run_all(undo: "list[Any]") -> Optional[BaseException]:
+    """Runs every one, the latest first; the first failure."""
+    failed: Optional[BaseException] = None
+    while undo:
+        try:
+            undo.pop()()
+        except Exception as error:  # the others still have to be undone
+            failed = failed or error
+    return failed
 
 
 def enable(
@@ -162,11 +208,11 @@ def enable(
     * ``calibration``: a calibration file's path or parsed JSON.
 
     Returns the handle whose ``disable()`` restores the model; it is a context manager too.
-    Raises ``SpargeError`` for models and processors that are not supported, by name.
+    Raises ``SpargeError`` for models and processors that are not supported, by name, and for a
+    transformer that is enabled already.
     """
     layers = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
-    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()}
-    config = (config or Config()).override(**hashable)
+    config = (config or Config()).override(**knobs)
     parsed(config.text())  # refuses bad settings here rather than in the middle of a forward pass
     handle = Enabled(
         config,
@@ -189,9 +235,8 @@ def enable(
     try:
         for transformer in transformers:
             handle._attach(transformer)
-        scheduler = getattr(pipe_or_transformer, "scheduler", None)
-        if scheduler is not None:
-            handle._count_steps(scheduler)
+        handle._pipe = pipe_or_transformer
+        handle._count_steps()
     except BaseException:
         handle.disable()
         raise

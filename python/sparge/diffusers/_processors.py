@@ -183,14 +183,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack(pairs, dim=-1).flatten(-2).to(x.dtype)
 
 
-_last: "tuple[Optional[weakref.ref[Tensor]], list[Tensor]]" = (None, [])
+_last: "tuple[Optional[weakref.ref[Tensor]], int, list[Tensor]]" = (None, -1, [])
 
 
 def _valid_text(mask: Tensor) -> "list[Tensor]":
     """Indices of the valid text tokens, looked up once per forward pass: it makes the host wait."""
     global _last
-    reference, known = _last
-    if reference is None or reference() is not mask:
-        known = [row.nonzero().flatten() for row in mask]
-        _last = (weakref.ref(mask), known)
+    version = -1 if mask.is_inference() else mask._version
+    reference, seen, known = _last
+    if version >= 0 and version == seen and reference is not None and reference() is mask:
+        return known
+    known = [row.nonzero().flatten() for row in mask]
+    if version >= 0:
+        _last = (weakref.ref(mask), version, known)
     return known
