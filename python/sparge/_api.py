@@ -84,8 +84,9 @@ def attention(
     runs as exact SDPA instead, with one warning per reason.
     """
     if (
-        topk is cdf is theta is pv_gap is policy is window is key_lengths is keep_keys is config
-        is calibration is None
+        topk is None and cdf is None and theta is None and pv_gap is None and policy is None
+        and window is None and key_lengths is None and keep_keys is None
+        and config is None and calibration is None
         and layout == "HND"
         and not (return_lse or return_stats or dropout_p)
     ):  # fmt: skip

@@ -440,7 +440,8 @@ def predict(
     q_len, kv_len = _lens(query, key, layout)
     text, _ = _settings(
         kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
-        causal, window, None, query.is_cuda and _is_short(query, q_len, kv_len, AUTO, is_causal),
+        causal, window, None,
+        query.is_cuda and _is_short(query, q_len, kv_len, AUTO, causal is not None),
     )  # fmt: skip
     query, key, _ = _one_batch(query, key, key)
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)
