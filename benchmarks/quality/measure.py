@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measures one table and keeps its raw record.
 
-    python benchmarks/quality/measure.py TABLE [--sparge target/release/sparge] [--wikitext FILE]
+    python benchmarks/quality/measure.py TABLE [--sparge target/release/sparge]
+                                               [--wikitext FILE] [--calibration FILE]
 
 writes benchmarks/quality/records/TABLE.json: the commands, when and on what they ran, and each
 command's JSON as it came. `report.py TABLE` turns the record into docs/results/TABLE.md and .png.
@@ -54,9 +55,11 @@ TABLES: dict[str, list[list[str]]] = {
              "minference:v=30,s=200", "flexprefill:0.95,min=128", "flexprefill:0.9,min=128",
              "xattention:0.95", "xattention:0.9", "window:1024", "window:512", "random:0.6"]),
     ],
+    # The same with every head's own settings, made by `sparge tune` on Emma; and on another text.
+    "tuned": [ppl(["dense", "default"], "4096", "--calibration", "{calibration}")],
     "wikitext": [
         ppl(["dense", "default", "cdf:0.95", "minference:v=30,s=200", "xattention:0.95"], "4096",
-            "--prompt-file", "{wikitext}"),
+            "--prompt-file", "{wikitext}", "--calibration", "{calibration}"),
     ],
     # Table 7, with what "perplexity" has at 4096.
     "length": [ppl(["dense", "default"], "1024,2048,8000")],
@@ -104,7 +107,9 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--sparge", default="target/release/sparge")
     parser.add_argument("--wikitext", help="the WikiText-2 test text, for the table of that name")
+    parser.add_argument("--calibration", help="a file of sparge tune, for the tables with tuned heads")
     args = parser.parse_args()
+    given = {"{wikitext}": args.wikitext, "{calibration}": args.calibration}
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for line in TABLES[args.table]:
@@ -116,10 +121,10 @@ def main() -> None:
                     make = [sys.executable, str(HERE / "features.py"), kind, str(path)]
                     subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
                     word = str(path)
-                elif word == "{wikitext}":
-                    if not args.wikitext:
-                        raise SystemExit("this table needs --wikitext FILE")
-                    word = args.wikitext
+                elif word in given:
+                    if not given[word]:
+                        raise SystemExit(f"this table needs --{word.strip('{}')} FILE")
+                    word = given[word]
                 command.append(word)
             output = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
             result = json.loads(output.stdout)

@@ -44,7 +44,7 @@ fuzz_target!(|data: &[u8]| {
         selection: if choose & 64 == 0 { Selection::TopK(share) } else { Selection::TopCdf(share) }
             .into(),
         lambda: f64::INFINITY.into(),
-        pooling: if choose & 128 == 0 { Pooling::SECOND_ORDER } else { Pooling::BLOCK },
+        pooling: if choose & 128 == 0 { Pooling::MIXED } else { Pooling::BLOCK },
         ..SpargeConfig::default()
     };
     let out = attention(&q, &k, &v, &options, &config).expect("a valid call");

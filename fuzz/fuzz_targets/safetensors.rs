@@ -21,11 +21,17 @@ fuzz_target!(|data: &[u8]| {
     let path = std::env::temp_dir().join(format!("sparge-fuzz-{}", std::process::id()));
     std::fs::write(&path, data).expect("the temporary directory can be written");
     if let Ok(mut file) = Reader::open(&path) {
-        let _ = input::element_type(&file);
-        let _ = Extras::read(&mut file);
-        if let Ok(qkv) = Qkv::<f32>::read(&mut file, Layout::Hnd) {
-            let _ = qkv.views();
+        let _ = input::element_type(&file, "");
+        let extras = Extras::read(&mut file);
+        if let Ok(qkv) = Qkv::<f32>::read(&mut file, Layout::Hnd)
+            && let Ok([q, k, _]) = qkv.views()
+            && let Ok(extras) = extras
+        {
+            let _ = extras.lengths();
+            let _ = extras.sequence_lengths(q.dims().len, k.dims().len);
+            let _ = extras.element_mask(q.dims().len);
         }
+        let _ = Qkv::<f32>::widened(&mut file, Layout::Nhd, "");
     }
     let _ = std::fs::remove_file(&path);
 });

@@ -74,15 +74,30 @@ def attention(
     Returns the output, or a tuple of it and what was asked for: ``return_lse`` the log-sum-exp
     ``[batch, heads, q_len]`` float32 (natural log), ``return_stats`` a :class:`Stats`.
 
-    Left to its defaults it is exact below 1024 keys or 16 queries; on torch tensors that is SDPA
-    itself, so a short call costs what SDPA costs. Any knob that is set means what it says at any
-    length.
+    Left to its defaults it is exact for short sequences: on torch tensors that is SDPA itself, below
+    1024 keys when causal, 2048 when not, 4096 on a GPU, and below 16 queries; on arrays below 1024
+    keys. Any knob that is set means what it says at any length.
 
     Raises ``SpargeError`` (a ``ValueError``) for what cannot be served: dropout, inputs that
     require gradients, other types or devices, masks that do not fit, settings out of range;
     ``NotImplementedError`` for what only the CPU does. With ``fallback="dense"`` such a torch call
     runs as exact SDPA instead, with one warning per reason.
     """
+    if (
+        topk is None and cdf is None and theta is None and pv_gap is None and policy is None
+        and window is None and key_lengths is None and keep_keys is None
+        and config is None and calibration is None
+        and layout == "HND"
+        and not (return_lse or return_stats or dropout_p)
+    ):  # fmt: skip
+        # Short calls with the defaults, without the price of everything below.
+        if _is_torch(query) and _torch.is_plain_and_short(
+            query, key, value, attn_mask, is_causal, enable_gqa
+        ):
+            if causal_alignment == "top_left" or query.shape[2] == key.shape[2]:
+                return _torch.sdpa(
+                    query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
     if fallback not in (None, "dense"):
         raise ValueError(f"fallback is {fallback!r}, expected None or 'dense'")
     if calibration is not None:

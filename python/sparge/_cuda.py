@@ -338,7 +338,7 @@ def _reachable(
     masks = [None if x is None else x.cpu() for x in (attn_mask, block_mask)]
     if masks[0] is not None and masks[0].dtype != torch.bool:
         masks[0] = masks[0].float()
-    held, extra = _extra(*masks, kv_lens)
+    held, extra = _extra(masks[0], masks[1], kv_lens)
     found = torch.empty(mask_shape(query, key, settings), dtype=torch.bool)
     # Nothing is predicted, so every row may be the same one.
     row = torch.zeros(query.shape[3])

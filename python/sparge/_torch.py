@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Optional, Union
 
 import torch
@@ -21,13 +20,13 @@ from ._types import Quantized, Stats
 Tensor = torch.Tensor
 Window = Optional[tuple[Optional[int], Optional[int]]]
 
-# Below these the default runs exactly (sparge._sparge.info() has the same numbers). Where the call
-# says nothing that SDPA does not know, SDPA itself is the exact path: see `attention`.
-AUTO_MIN_LEN = 1024
-AUTO_MIN_QUERIES = 16
-
-# On a GPU preparing a call costs more kernels, and dense kernels are faster: measured there.
+# Below these the default is exact, and exact on torch tensors is SDPA itself: what it costs, a call
+# costs. Measured right after other torch work, whose threads still spin then, on inputs that offer
+# nothing to skip (benchmarks/record): the default never takes 5% longer than SDPA from there on.
+AUTO_MIN_LEN = 1024  # causal on the CPU; the threshold of `Selection::Auto`
+CPU_MIN_LEN = 2048  # not causal on the CPU
 CUDA_MIN_LEN = 4096
+AUTO_MIN_QUERIES = 16
 
 # What settings leave open: everything (short calls may run as SDPA); only how to be exact.
 AUTO, EXACT = "auto", "exact"
@@ -138,12 +137,12 @@ def attention(
     q_len, kv_len = _lens(query, key, layout)
     text, leaves = _kept_settings(
         config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys,
-        query.is_cuda and _is_short(query, q_len, kv_len, AUTO),
+        query.is_cuda and _is_short(query, q_len, kv_len, AUTO, is_causal),
     )  # fmt: skip
     try:
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
         _same_device(query, block_mask, "block_mask")
-        if leaves and _is_short(query, q_len, kv_len, leaves):
+        if leaves and _is_short(query, q_len, kv_len, leaves, is_causal):
             extras = return_lse or return_stats or window or keep_keys
             plain = not extras and block_mask is None and key_lengths is None
             if plain and (causal != "bottom_right" or q_len == kv_len):
@@ -151,7 +150,7 @@ def attention(
                 short = (query, key, value)
                 if layout == "NHD":
                     short = tuple(x.transpose(1, 2) for x in short)  # type: ignore[assignment]
-                out = F.scaled_dot_product_attention(
+                out = sdpa(
                     *short, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
                 )
                 return out.transpose(1, 2) if layout == "NHD" else out
@@ -184,28 +183,36 @@ def _without_heads(result: Any, layout: str, has_lse: bool) -> Any:
     return (out.squeeze(head), *more)
 
 
-@cache
-def _short_of(dtype: torch.dtype) -> int:
-    """Tokens below which torch's own SDPA is the faster exact attention on this CPU.
-
-    Measured (benchmarks/record): from 256 on ours is, except where torch can use AMX tiles for the
-    half types.
-    """
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return AUTO_MIN_LEN if dtype != torch.float32 and has_amx() else 256
+sdpa = F.scaled_dot_product_attention
 
 
-def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str) -> bool:
-    """Whether the call is to be exact, and SDPA is the faster way to do that."""
+def is_plain_and_short(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    is_causal: bool,
+    enable_gqa: bool,
+) -> bool:
+    """Whether a call with the defaults is one that SDPA serves, and nothing is wrong with it."""
+    return (
+        query.ndim == 4
+        and query.is_cpu
+        and (enable_gqa or query.shape[1] == key.shape[1])
+        and key.shape[2] < (AUTO_MIN_LEN if is_causal else CPU_MIN_LEN)
+        and not (query.requires_grad or key.requires_grad or value.requires_grad)
+        and not (is_causal and attn_mask is not None)
+        and (attn_mask is None or attn_mask.dtype in (torch.bool, query.dtype))
+    )
+
+
+def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str, is_causal: bool) -> bool:
+    """Whether the call is to be exact, and SDPA is the way to do that."""
     if query.is_cuda:
         return leaves == EXACT or kv_len < CUDA_MIN_LEN or q_len < AUTO_MIN_QUERIES
     if leaves == EXACT:
         return False
-    if kv_len >= AUTO_MIN_LEN and q_len >= AUTO_MIN_QUERIES:
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    return kv_len < _short_of(query.dtype) or q_len < 128
+    return kv_len < (AUTO_MIN_LEN if is_causal else CPU_MIN_LEN) or q_len < AUTO_MIN_QUERIES
 
 
 def _lens(query: Tensor, key: Tensor, layout: str) -> tuple[int, int]:
@@ -402,7 +409,7 @@ def dense(
             attn_mask = attn_mask.masked_fill(~extra, -math.inf)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(query.dtype)
-    out = F.scaled_dot_product_attention(
+    out = sdpa(
         query,
         key,
         value,
@@ -433,7 +440,8 @@ def predict(
     q_len, kv_len = _lens(query, key, layout)
     text, _ = _settings(
         kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
-        causal, window, None, query.is_cuda and _is_short(query, q_len, kv_len, AUTO),
+        causal, window, None,
+        query.is_cuda and _is_short(query, q_len, kv_len, AUTO, causal is not None),
     )  # fmt: skip
     query, key, _ = _one_batch(query, key, key)
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)

@@ -135,8 +135,8 @@ pub(crate) struct SelectionArgs {
     /// [default: 6]
     #[arg(long, value_name = "GAP", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) lambda: Vec<f64>,
-    /// Granularity of the prediction: block (the paper's), 16x16, 16x16-2nd, or QxK and QxK+var
-    /// (rows of q × rows of k per mean; with the second-order term) [default: 16x16-2nd]
+    /// What the prediction looks at: block (the paper's) or QxK, rows of q and of k per mean; +var
+    /// adds the second-order term, +Nrows that many single queries [default: 16x16+var+2rows]
     #[arg(long, value_name = "POOLING", value_parser = pooling)]
     pub(crate) pooling: Option<Pooling>,
     /// Blocks of 64 keys at the start that are always kept [default: 1]
@@ -221,19 +221,30 @@ fn positive(text: &str) -> std::result::Result<usize, String> {
     }
 }
 
-/// `block`, `16x16`, `16x16-2nd`, `QxK`, `QxK+var`. Whether the numbers fit is the operator's to say.
+/// The opposite of [`pooling`].
+pub(crate) fn pooling_name(p: Pooling) -> String {
+    let second = if p.second_order { "+var" } else { "" };
+    let rows = if p.sampled_rows > 0 { format!("+{}rows", p.sampled_rows) } else { String::new() };
+    format!("{}x{}{second}{rows}", p.q_rows, p.kv_rows)
+}
+
+/// `block`, `16x16`, `16x16-2nd`, `QxK`, `QxK+var`, each also with `+Nrows`. Whether the numbers fit is the operator's to say.
 pub(crate) fn pooling(text: &str) -> std::result::Result<Pooling, String> {
+    let (text, sampled_rows) = match text.strip_suffix("rows").and_then(|s| s.rsplit_once('+')) {
+        Some((pooled, rows)) => (pooled, rows.parse().map_err(|_| "expected a number of rows")?),
+        None => (text, 0),
+    };
     let (size, second_order) = match text {
-        "block" => return Ok(Pooling::BLOCK),
+        "block" => return Ok(Pooling { sampled_rows, ..Pooling::BLOCK }),
         _ => match text.strip_suffix("+var").or_else(|| text.strip_suffix("-2nd")) {
             Some(size) => (size, true),
             None => (text, false),
         },
     };
     let numbers = size.split_once('x').and_then(|(q, k)| Some((q.parse().ok()?, k.parse().ok()?)));
-    let (q_rows, kv_rows) =
-        numbers.ok_or("expected block, 16x16, 16x16-2nd, or QxK or QxK+var such as 32x16+var")?;
-    Ok(Pooling { q_rows, kv_rows, second_order })
+    let (q_rows, kv_rows) = numbers
+        .ok_or("expected block, or QxK or QxK+var such as 32x16+var; +Nrows adds samples")?;
+    Ok(Pooling { q_rows, kv_rows, second_order, sampled_rows })
 }
 
 #[cfg(test)]
@@ -246,7 +257,14 @@ mod tests {
         assert_eq!(pooling("16x16"), Ok(Pooling::SUB_BLOCK));
         assert_eq!(pooling("16x16-2nd"), Ok(Pooling::SECOND_ORDER));
         assert_eq!(pooling("16x16+var"), Ok(Pooling::SECOND_ORDER));
-        for bad in ["", "16", "ax16", "16x", "16x16x16", "-1x4", "16x16-3rd"] {
+        assert_eq!(pooling("16x16+var+2rows"), Ok(Pooling::MIXED));
+        assert_eq!(pooling("block+4rows"), Ok(Pooling { sampled_rows: 4, ..Pooling::BLOCK }));
+        for p in [Pooling::BLOCK, Pooling::SUB_BLOCK, Pooling::SECOND_ORDER, Pooling::MIXED] {
+            assert_eq!(pooling(&pooling_name(p)), Ok(p));
+        }
+        for bad in
+            ["", "16", "ax16", "16x", "16x16x16", "-1x4", "16x16-3rd", "16x16+xrows", "+2rows"]
+        {
             assert!(pooling(bad).is_err(), "{bad}");
         }
     }

@@ -97,8 +97,8 @@ impl fmt::Display for Policy {
             Choice::Select(Selection::Union { cdf, top_k }) => format!("cdf:{cdf}+topk:{top_k}"),
             Choice::Method(method) => method.to_string(),
         };
-        if let Some(Pooling { q_rows, kv_rows, second_order }) = self.pooling {
-            text += &format!(",pool={q_rows}x{kv_rows}{}", if second_order { "+var" } else { "" });
+        if let Some(pooling) = self.pooling {
+            text += &format!(",pool={}", flags::pooling_name(pooling));
         }
         for (name, value) in [("theta", self.theta), ("lambda", self.lambda)] {
             text += &value.map_or(String::new(), |value| format!(",{name}={value}"));
@@ -221,6 +221,7 @@ mod tests {
             "cdf:0.9+topk:0.1",
             "dense,lambda=5",
             "cdf:0.95,pool=16x16+var,theta=0.3,lambda=inf,first=2",
+            "cdf:0.95,pool=16x16+var+2rows",
             "minference:v=1000,s=6096",
             "flexprefill:0.9,tau=0.1,min=128,lambda=6",
             "window:1024,sinks=4",

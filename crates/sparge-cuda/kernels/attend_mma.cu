@@ -12,6 +12,7 @@
 #include "sparge/ptx/math.cuh"
 #include "sparge/ptx/mma.cuh"
 #include "sparge/call.cuh"
+#include "sparge/walk.cuh"
 
 namespace sparge {
 
@@ -26,48 +27,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(FULL, x, 1);
     return x + __shfl_xor_sync(FULL, x, 2);
 }
-
-/// What all threads of a block know, in shared memory: registers are scarce.
-struct Place {
-    Sequence s;
-    int sequence, head, kv_head, q_block, part;
-    // The walk over the kept, reachable key blocks: thread 0 takes the steps.
-    int at, end;
-    u32 word;
-    int next, coverage;  // the next block, or -1, and how much of it is seen
-};
-
-/// Steps to the next block of rows row..row_end.
-__device__ __forceinline__ void walk(const Call &a, Place &p, int row, int row_end) {
-    const View view(a, p.s);
-    const u32 *mask = a.mask ? mask_row(a, a.mask, p.sequence, p.head, p.q_block) : nullptr;
-    const u32 *allowed = allowed_words(a, p.sequence, p.head, p.q_block);
-    int at = p.at, block = -1;
-    u32 word = p.word;
-    Coverage coverage = EMPTY_TILE;
-    while (coverage == EMPTY_TILE) {
-        while (word == 0 && at + 32 < p.end) {
-            at += 32;
-            word = FULL;
-            if (mask) word &= mask[at >> 5];
-            if (allowed) word &= allowed[at >> 5];
-        }
-        block = word == 0 ? p.end : at + __ffs(word) - 1;
-        word &= word - 1;
-        if (block >= p.end) break;
-        coverage = view.tile(row, row_end, block * BLOCK_KV,
-                             min(view.kv_len, (block + 1) * BLOCK_KV));
-    }
-    p.at = at;
-    p.word = word;
-    p.next = block < p.end ? block : -1;
-    p.coverage = coverage;
-}
-
-template <class T> struct IsF16 { static constexpr bool value = false; };
-template <> struct IsF16<F16> { static constexpr bool value = true; };
-template <bool INT8> struct QkSum { using Type = float; };
-template <> struct QkSum<true> { using Type = i32; };
 
 template <int D, class T, bool INT8, bool FP8> struct Attend {
     static constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16 * WARPS;
@@ -112,38 +71,16 @@ template <int D, class T, bool INT8, bool FP8> struct Attend {
     __device__ __forceinline__ int row() const { return first() + warp() * 16; }
     __device__ __forceinline__ int token(int r) const { return row() + lane() / 4 + 8 * r; }
 
-    /// Starts the copy of `rows` rows of `dim` elements, zeros around them.
-    template <int N, class P>
-    __device__ __forceinline__ void copy_half(u8 *to, const void *from, i64 stride, int rows,
-                                              int dim) {
-        const u16 *start = static_cast<const u16 *>(from);
-        constexpr int CHUNKS = D / 8;
-#pragma unroll 2
-        for (int i = threadIdx.x; i < N * CHUNKS; i += THREADS) {
-            const int r = i / CHUNKS, c = i % CHUNKS;
-            const bool exists = r < rows && 8 * c < dim;
-            copy16(smem(to + P::at(r, c)), exists ? start + r * stride + 8 * c : start, exists);
-        }
-    }
-    /// The same for rows that the preparation padded.
-    template <int N, int ROW, class P>
-    __device__ __forceinline__ void copy_bytes(u8 *to, const void *from) {
-        const u8 *start = static_cast<const u8 *>(from);
-#pragma unroll 2
-        for (int i = threadIdx.x; i < N * ROW / 16; i += THREADS)
-            copy16(smem(to + P::at(i / (ROW / 16), i % (ROW / 16))), start + 16 * i, true);
-    }
-
     __device__ __forceinline__ void copy_q() {
         if constexpr (INT8) {
             const i64 at = (static_cast<i64>(place.head) * a.all_q_blocks + s.q_block0) * BLOCK_Q +
                            first();
-            copy_bytes<ROWS, QK_ROW, QK>(q, a.q8 + at * D);
+            copy_image<ROWS, QK_ROW, THREADS, QK>(q, a.q8 + at * D);
             for (int r = 0; r < 2; r++) q_scale[r] = a.q_scale[at + warp() * 16 + lane() / 4 + 8 * r];
         } else {
             const u16 *from = static_cast<const u16 *>(a.q) + s.batch * a.qs.batch +
                               place.head * a.qs.head + static_cast<i64>(s.q_start + first()) * a.qs.token;
-            copy_half<ROWS, QK>(q, from, a.qs.token, s.q_len - first(), a.dim);
+            copy_rows<D, ROWS, THREADS, QK>(q, from, a.qs.token, s.q_len - first(), a.dim);
         }
     }
     __device__ __forceinline__ i64 kv_index(int block) const {
@@ -158,12 +95,12 @@ template <int D, class T, bool INT8, bool FP8> struct Attend {
     __device__ __forceinline__ void copy_k(int block) {
         if (block >= 0) {
             if constexpr (INT8) {
-                copy_bytes<BLOCK_KV, QK_ROW, QK>(k(), a.k8 + kv_index(block) * (BLOCK_KV * D));
+                copy_image<BLOCK_KV, QK_ROW, THREADS, QK>(k(), a.k8 + kv_index(block) * (BLOCK_KV * D));
                 if (threadIdx.x < BLOCK_KV / 4)
                     copy16(smem(k_scale() + 4 * threadIdx.x),
                            a.k_scale + kv_index(block) * BLOCK_KV + 4 * threadIdx.x, true);
             } else {
-                copy_half<BLOCK_KV, QK>(k(), kv_rows(a.k, a.ks, block), a.ks.token,
+                copy_rows<D, BLOCK_KV, THREADS, QK>(k(), kv_rows(a.k, a.ks, block), a.ks.token,
                                         s.kv_len - block * BLOCK_KV, a.dim);
             }
         }
@@ -172,9 +109,9 @@ template <int D, class T, bool INT8, bool FP8> struct Attend {
     __device__ __forceinline__ void copy_v(int block) {
         if (block >= 0) {
             if constexpr (FP8)
-                copy_bytes<V_ROWS, V_ROW, PV>(v(), a.v8 + kv_index(block) * (BLOCK_KV * D));
+                copy_image<V_ROWS, V_ROW, THREADS, PV>(v(), a.v8 + kv_index(block) * (BLOCK_KV * D));
             else
-                copy_half<BLOCK_KV, PV>(v(), kv_rows(a.v, a.vs, block), a.vs.token,
+                copy_rows<D, BLOCK_KV, THREADS, PV>(v(), kv_rows(a.v, a.vs, block), a.vs.token,
                                         s.kv_len - block * BLOCK_KV, a.dim_v);
         }
         copy_commit();
@@ -336,10 +273,12 @@ template <int D, class T, bool INT8, bool FP8> struct Attend {
         auto word = [&](int i) {
             return reinterpret_cast<u32 *>(v() + PV::at(i / WORDS, i % WORDS / 4)) + i % 4;
         };
-        if (is_cut)
+        if (is_cut) {
+            __syncthreads();  // what the other threads copied is there too
 #pragma unroll 1
             for (int i = threadIdx.x; i < V_ROWS * WORDS; i += THREADS)
                 bad |= not_finite(*word(i)) != 0;
+        }
         if (!__syncthreads_or(bad)) return false;
         for (int i = threadIdx.x; i < 2 * D; i += THREADS) bad_keys()[i] = 0;
         __syncthreads();
@@ -483,7 +422,7 @@ template <int D, class T, bool INT8, bool FP8> struct Attend {
 
 /// Grid: every part of every query block of every head of every sequence, longest rows first.
 template <int D, class T, bool INT8, bool FP8>
-__global__ void __launch_bounds__(128, D > 128 || FP8 ? 2 : 3)
+__global__ void __launch_bounds__(128, D > 96 || FP8 ? 2 : 3)
 attend_mma(const __grid_constant__ Call a) {
     using Work = Attend<D, T, INT8, FP8>;
     constexpr int PARTS = BLOCK_Q / Work::ROWS;

@@ -111,14 +111,29 @@ __device__ __forceinline__ void choose_blocks(const Call &a, const Head &head, c
 __device__ __forceinline__ void score(const Call &a, const float *q, int pitch, const float *k,
                                       int k0, int k_end, float (&c)[4][4]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    for (int d = 0; d < a.width; d += 16) {
+    constexpr int AHEAD = 2;  // loads of this many steps are in flight
+    float4 loaded[AHEAD][2];
+    auto load = [&](int d, float4 (&x)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            x[r] = float4{0.f, 0.f, 0.f, 0.f};
+            if (k0 + g + 8 * r < k_end && d < a.width)
+                x[r] = *reinterpret_cast<const float4 *>(
+                    k + static_cast<i64>(k0 + g + 8 * r) * a.width + d + 4 * t);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) load(16 * i, loaded[i]);
+#pragma unroll 1
+    for (int d0 = 0; d0 < a.width; d0 += 16 * AHEAD)
+#pragma unroll
+    for (int ahead = 0; ahead < AHEAD; ahead++) {
+        const int d = d0 + 16 * ahead;
+        if (d >= a.width) break;
         u32 hi[2][4], lo[2][4];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float4 x{0.f, 0.f, 0.f, 0.f};
-            if (k0 + g + 8 * r < k_end)
-                x = *reinterpret_cast<const float4 *>(
-                    k + static_cast<i64>(k0 + g + 8 * r) * a.width + d + 4 * t);
+            const float4 x = loaded[ahead][r];
             const float y[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
             for (int i = 0; i < 4; i++) {  // element 2s + h is column t + 4h of step s
@@ -127,6 +142,7 @@ __device__ __forceinline__ void score(const Call &a, const float *q, int pitch, 
                 lo[i / 2][i % 2 * 2 + r] = as_bits(y[i] - as_float(top));
             }
         }
+        load(d + 16 * AHEAD, loaded[ahead]);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             const float4 x =
@@ -149,21 +165,27 @@ __device__ __forceinline__ void score(const Call &a, const float *q, int pitch, 
 }
 
 /// Grid: any; thread blocks share the groups of query blocks. Dynamic shared memory: 32 pooled
-/// queries of `pitch` floats.
-template <int> __global__ void __launch_bounds__(THREADS) choose(const __grid_constant__ Call a) {
+/// queries of `pitch` floats. Q_ROWS and KV_ROWS: the pooling; 0 for what `a` says.
+template <int Q_ROWS, int KV_ROWS>
+__global__ void __launch_bounds__(THREADS, Q_ROWS == 0 ? 1 : 2)
+choose(const __grid_constant__ Call a) {
+    const int q_rows = Q_ROWS == 0 ? a.q_rows : Q_ROWS, kv_rows = KV_ROWS == 0 ? a.kv_rows : KV_ROWS;
     extern __shared__ float4 q_tile4[];
     float *q_tile = reinterpret_cast<float *>(q_tile4);
     __shared__ float tops[BLOCK_Q], weights[BLOCK_Q];
     __shared__ int unknown[PASS];
+    __shared__ float2 scores[WARPS][8][32];
     __shared__ Sequence s;
+    __shared__ Head head;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4;
-    const int subs = BLOCK_Q / a.q_rows, per_block = BLOCK_KV / a.kv_rows;
+    const int subs = BLOCK_Q / q_rows, per_block = BLOCK_KV / kv_rows;
     const int rows = max(PASS, subs), blocks = rows / subs;  // of an item
     const int unit = min(per_block, 16), entries = per_block / unit;  // pooled keys per entry
     const int pitch = a.kv_blocks * entries;
     const int q_pitch = a.width + (a.width % 32 == 0 ? 16 : 0);
     float *lse = a.scratch + static_cast<i64>(blockIdx.x) *
-                                 (rows * pitch + blocks * a.kv_blocks + ceil_div(blocks * a.kv_blocks, 4));
+                                 (static_cast<i64>(rows) * pitch + blocks * a.kv_blocks +
+                                  ceil_div(blocks * a.kv_blocks, 4));
     float *masses = lse + static_cast<i64>(rows) * pitch;
     u8 *kinds = reinterpret_cast<u8 *>(masses + blocks * a.kv_blocks);
     const int chunks = ceil_div(a.q_blocks, blocks);
@@ -172,9 +194,11 @@ template <int> __global__ void __launch_bounds__(THREADS) choose(const __grid_co
         const int first = item % chunks * blocks, head_index = item / chunks % a.heads;
         const int sequence = item / chunks / a.heads;
         __syncthreads();
-        if (threadIdx.x == 0) s = a.sequences[sequence];
+        if (threadIdx.x == 0) {
+            s = a.sequences[sequence];
+            head = a.head[head_index];
+        }
         __syncthreads();
-        const Head head = a.head[head_index];
         const View view(a, s);
         const bool dense = keeps_all(head, s);
         const int q_blocks = ceil_div(s.q_len, BLOCK_Q), kv_blocks = ceil_div(s.kv_len, BLOCK_KV);
@@ -223,38 +247,45 @@ template <int> __global__ void __launch_bounds__(THREADS) choose(const __grid_co
             }
             __syncthreads();
             for (int k0 = 16 * warp; k0 < k_end; k0 += 16 * WARPS) {
-                const int key = k0 * a.kv_rows, key_end = min(s.kv_len, key + 16 * a.kv_rows);
+                const int key = k0 * kv_rows, key_end = min(s.kv_len, key + 16 * kv_rows);
                 // The tile may cross the end of the sinks; then it is not plain.
                 const bool crosses = key < view.sink && view.sink < key_end;
                 const Coverage whole = crosses ? PARTIAL_TILE : view.tile(row, row_end, key, key_end);
-                if (whole == EMPTY_TILE) continue;  // no block of it is reachable
-                const bool plain = whole == FULL_TILE && key + 16 * a.kv_rows <= s.kv_len &&
+                if (whole == EMPTY_TILE) {
+                    // No block of it is reachable, where it holds a whole one; else it is an entry
+                    // of a block whose other keys may be.
+                    if (per_block > 16) lse[static_cast<i64>(pass + lane) * pitch + k0 / 16] = MINUS_INFINITY;
+                    continue;
+                }
+                const bool plain = whole == FULL_TILE && key + 16 * kv_rows <= s.kv_len &&
                                    a.element_kind == NO_MASK;
                 float c[4][4] = {};
                 score(a, q_tile, q_pitch, k, k0, k_end, c);
+                // Through shared memory, so that one copy of what follows serves all columns.
 #pragma unroll
-                for (int n = 0; n < 4; n++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const int column = 8 * n + 2 * t + i, sub = pass + column;
-                        float x[2] = {c[n][i], c[n][2 + i]};
+                for (int e = 0; e < 8; e++)
+                    scores[warp][e][lane] = float2{c[e / 2][e % 2], c[e / 2][2 + e % 2]};
+#pragma unroll 1
+                for (int e = 0; e < 8; e++) {
+                        const int column = 8 * (e / 2) + 2 * t + e % 2, sub = pass + column;
+                        float x[2] = {scores[warp][e][lane].x, scores[warp][e][lane].y};
                         if (!plain) {
-                            const int from = row + sub * a.q_rows;
-                            const int to = min(s.q_len, from + a.q_rows);
+                            const int from = row + sub * q_rows;
+                            const int to = min(s.q_len, from + q_rows);
 #pragma unroll
                             for (int r = 0; r < 2; r++) {
-                                const int index = k0 + lane / 4 + 8 * r, at = index * a.kv_rows;
-                                const int end = min(s.kv_len, at + a.kv_rows);
+                                const int index = k0 + lane / 4 + 8 * r, at = index * kv_rows;
+                                const int end = min(s.kv_len, at + kv_rows);
                                 bool seen = view.tile(from, to, at, end) != EMPTY_TILE;
-                                if (seen && end - at < a.kv_rows)
-                                    x[r] += lg2(static_cast<float>(end - at) / a.kv_rows);
+                                if (seen && end - at < kv_rows)
+                                    x[r] += lg2(static_cast<float>(end - at) / kv_rows);
                                 if (seen && a.element_kind != NO_MASK) {
                                     const int h = a.element_heads == 1 ? 0 : head_index;
                                     const float bias = a.element_pool
                                         [((static_cast<i64>(sequence) * a.element_heads + h) *
                                               a.q_blocks * subs + first * subs + sub) *
                                              a.kv_blocks * per_block + index];
-                                    seen = as_bits(bias) != NOTHING;
+                                    seen = bias != MINUS_INFINITY;
                                     x[r] += bias;
                                 }
                                 if (!seen) x[r] = MINUS_INFINITY;
@@ -294,7 +325,7 @@ template <int> __global__ void __launch_bounds__(THREADS) choose(const __grid_co
         for (int r = warp; r < rows; r += WARPS) {
             const int b = r / subs;
             if (first + b >= q_blocks) break;
-            const int count = min(a.q_rows, s.q_len - (first + b) * BLOCK_Q - r % subs * a.q_rows);
+            const int count = min(q_rows, s.q_len - (first + b) * BLOCK_Q - r % subs * q_rows);
             const float *in = lse + static_cast<i64>(r) * pitch;
             const u8 *kind = kinds + b * a.kv_blocks;
             float top = MINUS_INFINITY, sum = 0.f;
@@ -322,7 +353,7 @@ template <int> __global__ void __launch_bounds__(THREADS) choose(const __grid_co
             float total = 0.f;
             for (int r = 0; r < subs; r++)
                 if (weights[b * subs + r] > 0.f)
-                    total += min(a.q_rows, s.q_len - q_block * BLOCK_Q - r * a.q_rows);
+                    total += min(q_rows, s.q_len - q_block * BLOCK_Q - r * q_rows);
             int reachable = 0, forced = 0, scored = 0;
             double forced_mass = 0.;
             for (int j = lane; j < kv_blocks; j += 32) {

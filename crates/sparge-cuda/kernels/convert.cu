@@ -22,7 +22,7 @@ template <int> __global__ void upload(const __grid_constant__ Upload u) {
 }
 
 /// q, k or v (WHICH) from f32 to bf16, contiguous [batch, heads, tokens, dim]. Grid: tokens.
-template <int WHICH> __global__ void __launch_bounds__(128) cast(const __grid_constant__ Call a) {
+template <int WHICH> __global__ void __launch_bounds__(128, 1) cast(const __grid_constant__ Call a) {
     const int heads = WHICH == 0 ? a.heads : a.kv_heads, dim = WHICH == 2 ? a.dim_v : a.dim;
     const int len = WHICH == 0 ? a.q_len_tensor : a.kv_len_tensor;
     const Strides &s = WHICH == 0 ? a.qs : WHICH == 1 ? a.ks : a.vs;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void quantize_block(const Call &a, int at) {
         }
         top = __reduce_max_sync(FULL, top);
         if (IS_Q) shift = warp_sum(shift);
-        const float most = as_float(top), inverse = top == 0 ? 0.f : __fdiv_rn(127.f, most);
+        const float most = as_float(top), inverse = is_tiny(most) ? 0.f : __fdiv_rn(127.f, most);
         i8 *to = (IS_Q ? a.q8 : a.k8) + (static_cast<i64>(at) * SIZE + r) * a.padded;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -88,7 +88,7 @@ __device__ __forceinline__ void quantize_block(const Call &a, int at) {
 
 /// Grid: all query blocks of all heads, then all key blocks.
 template <class T>
-__global__ void __launch_bounds__(THREADS) quantize_rows(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(THREADS, 1) quantize_rows(const __grid_constant__ Call a) {
     const int q = a.heads * a.all_q_blocks;
     if (blockIdx.x < q) quantize_block<T, true>(a, blockIdx.x);
     else quantize_block<T, false>(a, blockIdx.x - q);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(THREADS) quantize_rows(const __grid_constant__
 
 /// The largest |v| of each channel; what is not finite does not enter. Grid: all key blocks.
 template <class T>
-__global__ void __launch_bounds__(128) largest_v(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(128, 1) largest_v(const __grid_constant__ Call a) {
     const Block b = Block::of<false>(a, blockIdx.x, a.vs);
     const int c = 2 * threadIdx.x;
     if (c >= a.dim_v) return;
@@ -114,14 +114,14 @@ __global__ void __launch_bounds__(128) largest_v(const __grid_constant__ Call a)
 /// e4m3 V, a channel's 64 keys together, in the order in which the attention kernel's registers
 /// hold P: of 16 keys, word t has keys 2t, 2t + 1, 2t + 8, 2t + 9. Grid: all key blocks.
 template <class T>
-__global__ void __launch_bounds__(THREADS) quantize_v(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(THREADS, 1) quantize_v(const __grid_constant__ Call a) {
     const Block b = Block::of<false>(a, blockIdx.x, a.vs);
     const u32 *amax = a.v_amax + (static_cast<i64>(b.head) * a.n_sequences + b.sequence) * a.padded;
     for (int i = threadIdx.x; i < 4 * (a.padded / 2); i += THREADS) {
         const int c = i % (a.padded / 2) * 2, group = i / (a.padded / 2);
         float by[2] = {};
         if (c < a.dim_v)
-            for (int e = 0; e < 2; e++) by[e] = amax[c + e] == 0 ? 0.f : 448.f / as_float(amax[c + e]);
+            for (int e = 0; e < 2; e++) by[e] = is_tiny(as_float(amax[c + e])) ? 0.f : 448.f / as_float(amax[c + e]);
         u32 words[2][4];
 #pragma unroll
         for (int t = 0; t < 4; t++) {

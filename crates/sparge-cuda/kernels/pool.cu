@@ -67,7 +67,7 @@ __device__ __forceinline__ void pool_block(const Call &a, int at) {
 }
 
 /// Grid: all query blocks of all heads, then all key blocks.
-template <class T> __global__ void __launch_bounds__(THREADS) pool(const __grid_constant__ Call a) {
+template <class T> __global__ void __launch_bounds__(THREADS, 1) pool(const __grid_constant__ Call a) {
     const int q = a.heads * a.all_q_blocks;
     if (blockIdx.x < q) pool_block<T, true>(a, blockIdx.x);
     else pool_block<T, false>(a, blockIdx.x - q);
@@ -76,7 +76,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) pool(const __grid_
 /// Sums of K over each block. CLEAN: elements that are not finite do not enter.
 /// Grid: all key blocks of all heads.
 template <class T, bool CLEAN>
-__global__ void __launch_bounds__(128) sums(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(128, 1) sums(const __grid_constant__ Call a) {
     const Block b = Block::of<false>(a, blockIdx.x, a.ks);
     const int c = 2 * threadIdx.x;
     if (c >= a.dim) return;
@@ -94,10 +94,10 @@ __global__ void __launch_bounds__(128) sums(const __grid_constant__ Call a) {
 
 /// The means that K is centred by: for the judge (PER_BLOCK) of the sequence, or, where later
 /// tokens must not be seen, up to the end of each block; for int8 of the sequence.
-/// Grid (sequences, kv_heads), a thread per channel.
+/// Grid: sequences · kv_heads, a thread per channel.
 template <bool PER_BLOCK>
-__global__ void __launch_bounds__(THREADS) centres(const __grid_constant__ Call a) {
-    const int c = threadIdx.x, sequence = blockIdx.x, head = blockIdx.y;
+__global__ void __launch_bounds__(THREADS, 1) centres(const __grid_constant__ Call a) {
+    const int c = threadIdx.x, sequence = blockIdx.x % a.n_sequences, head = blockIdx.x / a.n_sequences;
     if (c >= a.dim) return;
     const Sequence s = a.sequences[sequence];
     const int blocks = ceil_div(s.kv_len, BLOCK_KV);
@@ -161,25 +161,26 @@ __device__ __forceinline__ void judge_block(const Call &a, int at) {
 }
 
 /// Grid as `pool`.
-template <class T> __global__ void __launch_bounds__(THREADS) judge(const __grid_constant__ Call a) {
+template <class T> __global__ void __launch_bounds__(THREADS, 1) judge(const __grid_constant__ Call a) {
     const int q = a.heads * a.all_q_blocks;
     if (blockIdx.x < q) judge_block<T, true>(a, blockIdx.x);
     else judge_block<T, false>(a, blockIdx.x - q);
 }
 
 /// Which 16-row groups of which blocks hold a pair that may be attended: bits of `groups`, zero
-/// before. Grid: (8 · q_blocks, sequences · element_heads); warps share the key blocks.
+/// before. Grid: 8 · q_blocks · sequences · element_heads; warps share the key blocks.
 template <int>
-__global__ void __launch_bounds__(THREADS) reach(const __grid_constant__ Call a) {
-    const int q_block = blockIdx.x / 8, group = blockIdx.x % 8;
-    const int sequence = blockIdx.y / a.element_heads, head = blockIdx.y % a.element_heads;
+__global__ void __launch_bounds__(THREADS, 1) reach(const __grid_constant__ Call a) {
+    const int q_block = blockIdx.x / 8 % a.q_blocks, group = blockIdx.x % 8;
+    const int row_of_heads = blockIdx.x / 8 / a.q_blocks;
+    const int sequence = row_of_heads / a.element_heads, head = row_of_heads % a.element_heads;
     const Sequence s = a.sequences[sequence];
     const View view(a, s);
     const ElementMask mask(a, sequence, head);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = q_block * BLOCK_Q + 16 * group, row_end = min(s.q_len, row + 16);
     u32 *words = a.groups +
-                 ((static_cast<i64>(blockIdx.y) * a.q_blocks + q_block) * 8 + group) * a.mask_words;
+                 static_cast<i64>(blockIdx.x) * a.mask_words;
     for (int j = warp; j < ceil_div(s.kv_len, BLOCK_KV); j += THREADS / 32) {
         bool any = false;
         for (int i = row; i < row_end && !any; i++)
@@ -193,21 +194,27 @@ __global__ void __launch_bounds__(THREADS) reach(const __grid_constant__ Call a)
 }
 
 /// What the element mask adds to the score of each pair of pooled rows: log2 of the mean of
-/// exp(bias) over the pairs that are seen; NOTHING where none is.
-/// Grid: (q_subs, sequences · element_heads); warps share the pooled keys.
+/// exp(bias) over the pairs that are seen; −∞ where none is.
+/// Grid: q_subs · sequences · element_heads; warps share the pooled keys.
 template <int>
-__global__ void __launch_bounds__(THREADS) pool_mask(const __grid_constant__ Call a) {
-    const int sub = blockIdx.x;
-    const int sequence = blockIdx.y / a.element_heads, head = blockIdx.y % a.element_heads;
+__global__ void __launch_bounds__(THREADS, 1) pool_mask(const __grid_constant__ Call a) {
+    const int subs = a.q_blocks * (BLOCK_Q / a.q_rows);
+    const int sub = blockIdx.x % subs, row_of_heads = blockIdx.x / subs;
+    const int sequence = row_of_heads / a.element_heads, head = row_of_heads % a.element_heads;
     const Sequence s = a.sequences[sequence];
     const View view(a, s);
     const ElementMask mask(a, sequence, head);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = sub * a.q_rows, row_end = min(s.q_len, row + a.q_rows);
     const int pitch = a.kv_blocks * (BLOCK_KV / a.kv_rows);
-    float *out = a.element_pool + (static_cast<i64>(blockIdx.y) * gridDim.x + sub) * pitch;
+    float *out = a.element_pool + static_cast<i64>(blockIdx.x) * pitch;
     for (int k = warp; k < pitch; k += THREADS / 32) {
         const int key = k * a.kv_rows, count = min(a.kv_rows, s.kv_len - key);
+        // Past the last row or key there are no pairs, and no product of two negative counts.
+        if (row >= row_end || count <= 0) {
+            if (lane == 0) out[k] = as_float(0xff800000u);
+            continue;
+        }
         float top = as_float(0xff800000u), sum = 0.f;
         int seen = 0;
         for (int e = lane; e < (row_end - row) * count; e += 32) {
@@ -225,15 +232,30 @@ __global__ void __launch_bounds__(THREADS) pool_mask(const __grid_constant__ Cal
         sum = warp_sum(sum);
         seen = warp_sum(seen);
         if (lane == 0)
-            out[k] = seen == 0 ? as_float(NOTHING)
+            out[k] = seen == 0 ? as_float(0xff800000u)
                                : (most + lg2(sum / seen) * 0.69314718055994531f) * 1.4426950408889634f;
+    }
+}
+
+/// both = mask (null: every block) ∧ the caller's block mask. Grid: any.
+template <int>
+__global__ void __launch_bounds__(THREADS, 1) intersect(const __grid_constant__ Call a) {
+    const i64 row_words = a.mask_words, end = static_cast<i64>(a.n_sequences) * a.heads * a.q_blocks * row_words;
+    for (i64 i = static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x; i < end;
+         i += static_cast<i64>(gridDim.x) * THREADS) {
+        const int q_block = static_cast<int>(i / row_words % a.q_blocks);
+        const int row_of_heads = static_cast<int>(i / row_words / a.q_blocks);
+        const u32 *allowed = allowed_words(a, row_of_heads / a.heads, row_of_heads % a.heads, q_block);
+        u32 word = a.mask ? a.mask[i] : FULL;
+        if (allowed) word &= allowed[i % row_words];
+        a.both[i] = word;
     }
 }
 
 /// Counts of each head: blocks that are reachable and that are computed, 16-row groups likewise
 /// (the latter where the attention kernel does not count them). A warp per query block.
 template <int>
-__global__ void __launch_bounds__(THREADS) count(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(THREADS, 1) count(const __grid_constant__ Call a) {
     const int item = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (item >= a.n_sequences * a.heads * a.q_blocks) return;
     const int q_block = item % a.q_blocks, head = item / a.q_blocks % a.heads;

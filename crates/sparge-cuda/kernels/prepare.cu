@@ -193,7 +193,7 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
             shift += __shfl_xor_sync(FULL, shift, step);
         }
         const float most = as_float(top);
-        part.store_int8(image, warp * SUB, i, top == 0 ? 0.f : sign * 127.f / most);
+        part.store_int8(image, warp * SUB, i, is_tiny(most) ? 0.f : sign * 127.f / most);
         // Never zero: a cut score is −∞ times this.
         const float scale = most / 127.f * fabsf(a.scale_log2);
         if (part.channel == 0) {
@@ -244,7 +244,7 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const u32 most = a.v_amax[pair * D + part.channel + j];
-            const float by = most == 0 ? 0.f : 448.f / as_float(most);
+            const float by = is_tiny(as_float(most)) ? 0.f : 448.f / as_float(most);
 #pragma unroll
             for (int w = 0; w < WORDS; w++) {
                 float y[4];
@@ -283,7 +283,7 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
         i8 *to = a.k8 + static_cast<i64>(index) * (BLOCK_KV * D);
 #pragma unroll
         for (int i = 0; i < Part<D>::ROWS; i++)
-            part.store_int8(to, warp * SUB, i, most == 0.f ? 0.f : 127.f / most);
+            part.store_int8(to, warp * SUB, i, is_tiny(most) ? 0.f : 127.f / most);
         if (threadIdx.x == 0) a.k_scale[index * 4] = most / 127.f < 1e-15f ? 1e-15f : most / 127.f;
     } else {
         uint4 *to = reinterpret_cast<uint4 *>(a.v8 + static_cast<i64>(index) * (D * BLOCK_KV));

@@ -3,13 +3,14 @@
 
 use crate::device::{Device, Stream};
 use crate::dtype::DType;
-use crate::error::{Error, Result, driver};
+use crate::context::Restore;
+use crate::error::{Error, Result};
 use crate::general::{Duties, General};
 use crate::hopper::{self, Hopper};
 use crate::options::{CudaOptions, Path, Precision};
 use crate::spec::{Arch, Pool};
 use crate::tensors::{Inputs, MaskKind, Output, Tensor};
-use sparge::{AttentionOptions, AttentionShape, Plan, SpargeConfig};
+use sparge::{AttentionOptions, AttentionShape, Dims, Plan, SpargeConfig};
 
 /// A kind of call on one device. Make it once, call it often, from any thread.
 #[derive(Debug, Clone)]
@@ -60,7 +61,8 @@ impl Attention {
         config: &SpargeConfig,
         cuda: &CudaOptions,
     ) -> Result<Self> {
-        let unsupported = |what: &str, remedy| Err(Error::Unsupported { what: what.into(), remedy });
+        let unsupported =
+            |what: &str, remedy| Err(Error::Unsupported { what: what.into(), remedy });
         if options.block_mask.is_some() {
             return unsupported(
                 "a block mask in host memory",
@@ -73,7 +75,7 @@ impl Attention {
                 "set CudaOptions::element_mask and pass it in device memory",
             );
         }
-        let mask_shape = Plan::new(shape, options, config)?.mask_shape();
+        let plan = Plan::new(shape, options, config)?;
         if [shape.head_dim, shape.head_dim_v].iter().any(|dim| dim % 8 != 0) {
             return unsupported(
                 "a head_dim that is not a multiple of 8",
@@ -85,14 +87,22 @@ impl Attention {
             && cuda.element_mask.is_none()
             && device.arch() == Arch::Sm90a
             && hopper::takes(&shape, dtype, options);
-        let general = General::new(shape, dtype, options, config, cuda)?;
+        let general = General::new(&plan, shape, dtype, options, config, cuda)?;
         // The fast path attends under one mask: the caller's, too, goes through the selection.
         let predicts = general.selects() || (is_fast && cuda.block_mask);
+        if general.selects() && config.pooling.sampled_rows > 0 {
+            return unsupported(
+                "scoring sampled queries (pooling.sampled_rows, part of the CPU's default)",
+                "use sparge_cuda::default_config(), or set config.pooling to Pooling::SECOND_ORDER",
+            );
+        }
         let judges = config.theta.values().iter().any(|&theta| theta > 0.0);
         let hopper = if is_fast {
             let own = hopper::pool_of(config.pooling).filter(|_| !judges && !cuda.block_mask);
             let pool = if predicts { own.unwrap_or(Pool::None) } else { Pool::None };
-            Some(Hopper::new(device, shape, dtype, options, config, pool)?)
+            // Its batch entries are all alike.
+            let auto_is_dense = plan.auto_is_dense(0);
+            Some(Hopper::new(device, shape, dtype, options, config, auto_is_dense, pool)?)
         } else {
             None
         };
@@ -103,6 +113,7 @@ impl Attention {
                 attends: !is_fast,
                 predicts: predicts && !hopper.as_ref().is_some_and(Hopper::selects),
                 has_mask: predicts,
+                intersects: is_fast && cuda.block_mask,
             },
         )?;
         Ok(Self {
@@ -113,7 +124,7 @@ impl Attention {
             hopper,
             general,
             general_at,
-            mask_shape,
+            mask_shape: plan.mask_shape(),
             predicts,
         })
     }
@@ -168,14 +179,20 @@ impl Attention {
         workspace: u64,
     ) -> Result<()> {
         self.check_output(output)?;
+        let _restore = self.check_inputs(inputs, workspace)?;
+        let mask = self.predicts.then(|| workspace + self.mask_offset() as u64);
         // SAFETY: the caller's promise covers every part.
         unsafe {
-            self.quantize(stream, inputs, workspace)?;
-            let mask = self.predicts.then(|| workspace + self.mask_offset() as u64);
-            if let Some(mask) = mask {
-                self.predict(stream, inputs, mask, workspace)?;
+            // The fast path's own kernels do not read the tables.
+            if self.hopper.is_none() || self.general.duties.predicts || output.stats.is_some() {
+                self.upload(stream, workspace)?;
             }
-            self.attend(stream, inputs, output, mask, workspace)
+            self.start(stream, inputs, workspace)?;
+            if let Some(mask) = mask {
+                self.choose(stream, inputs, mask, workspace)?;
+            }
+            // A mask that `choose` wrote has no block that the caller's lacks.
+            self.finish(stream, inputs, output, mask, workspace)
         }
     }
 
@@ -189,13 +206,13 @@ impl Attention {
     /// # Errors
     /// As [`Attention::forward`].
     pub unsafe fn quantize(&self, stream: Stream, inputs: &Inputs, workspace: u64) -> Result<()> {
-        self.check_inputs(inputs, workspace)?;
+        let _restore = self.check_inputs(inputs, workspace)?;
         // SAFETY: the caller's promise.
         unsafe {
-            match &self.hopper {
-                Some(hopper) => hopper.quantize(stream, inputs, workspace),
-                None => self.general.quantize(stream, inputs, workspace + self.general_at as u64),
+            if self.hopper.is_none() {
+                self.upload(stream, workspace)?;
             }
+            self.start(stream, inputs, workspace)
         }
     }
 
@@ -215,10 +232,79 @@ impl Attention {
         mask: u64,
         workspace: u64,
     ) -> Result<()> {
-        self.check_inputs(inputs, workspace)?;
+        let _restore = self.check_inputs(inputs, workspace)?;
         if !self.predicts {
             return Ok(());
         }
+        check_aligned("mask", mask, 4)?;
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.general.duties.predicts {
+                self.upload(stream, workspace)?;
+            }
+            self.choose(stream, inputs, mask, workspace)
+        }
+    }
+
+    /// Attention over the blocks of `mask` (all reachable ones for `None`) that the call's own masks
+    /// (`inputs.block_mask` too) allow, from what [`Attention::quantize`] left in the workspace. Once per quantize. Blocks
+    /// that no row reaches may be set and are not attended.
+    ///
+    /// # Safety
+    /// As [`Attention::forward`]; `mask` has [`Attention::mask_shape`].
+    ///
+    /// # Errors
+    /// As [`Attention::forward`].
+    pub unsafe fn attend(
+        &self,
+        stream: Stream,
+        inputs: &Inputs,
+        output: &Output,
+        mask: Option<u64>,
+        workspace: u64,
+    ) -> Result<()> {
+        let _restore = self.check_inputs(inputs, workspace)?;
+        self.check_output(output)?;
+        if let Some(mask) = mask {
+            check_aligned("mask", mask, 4)?;
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            if self.hopper.is_none() || output.stats.is_some() {
+                self.upload(stream, workspace)?;
+            }
+            // The fast path attends under one mask.
+            let at = workspace + self.general_at as u64;
+            let mask = self.general.intersect(stream, inputs, mask, at)?;
+            self.finish(stream, inputs, output, mask, workspace)
+        }
+    }
+
+    /// The tables that the general path's kernels read, once for all of them.
+    unsafe fn upload(&self, stream: Stream, workspace: u64) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.general.upload(stream, workspace + self.general_at as u64) }
+    }
+
+    /// `quantize` of checked inputs.
+    unsafe fn start(&self, stream: Stream, inputs: &Inputs, workspace: u64) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match &self.hopper {
+                Some(hopper) => hopper.quantize(stream, inputs, workspace),
+                None => self.general.quantize(stream, inputs, workspace + self.general_at as u64),
+            }
+        }
+    }
+
+    /// `predict` of checked inputs.
+    unsafe fn choose(
+        &self,
+        stream: Stream,
+        inputs: &Inputs,
+        mask: u64,
+        workspace: u64,
+    ) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe {
             match &self.hopper {
@@ -228,17 +314,8 @@ impl Attention {
         }
     }
 
-    /// Attention over the blocks of `mask` (all reachable ones for `None`) that the call's own masks
-    /// allow, from what [`Attention::quantize`] left in the workspace. Once per quantize. Blocks
-    /// that no row reaches may be set and are not attended.
-    ///
-    /// # Safety
-    /// As [`Attention::forward`]; `mask` has [`Attention::mask_shape`].
-    ///
-    /// # Errors
-    /// As [`Attention::forward`], and [`Error::Unsupported`] for `None` on the fast path where the
-    /// call has a block mask.
-    pub unsafe fn attend(
+    /// `attend` of checked inputs, under a mask that is within the caller's on the fast path.
+    unsafe fn finish(
         &self,
         stream: Stream,
         inputs: &Inputs,
@@ -246,20 +323,12 @@ impl Attention {
         mask: Option<u64>,
         workspace: u64,
     ) -> Result<()> {
-        self.check_inputs(inputs, workspace)?;
-        self.check_output(output)?;
         let general_at = workspace + self.general_at as u64;
         // SAFETY: the caller's promise.
         unsafe {
             let Some(hopper) = &self.hopper else {
                 return self.general.attend(stream, inputs, output, mask, general_at);
             };
-            if self.cuda.block_mask && mask.is_none() {
-                return Err(Error::Unsupported {
-                    what: "attending under a block mask alone".into(),
-                    remedy: "pass that mask, or the one that `predict` wrote, as `mask`",
-                });
-            }
             if output.stats.is_some() {
                 self.general.count(stream, inputs, output, mask, true, general_at)?;
             }
@@ -267,9 +336,15 @@ impl Attention {
         }
     }
 
-    fn check_inputs(&self, inputs: &Inputs, workspace: u64) -> Result<()> {
-        for (name, tensor) in [("q", &inputs.q), ("k", &inputs.k), ("v", &inputs.v)] {
-            check(name, tensor, self.dtype)?;
+    /// Makes the context current until the guard is dropped, where the inputs are right.
+    fn check_inputs(&self, inputs: &Inputs, workspace: u64) -> Result<Restore> {
+        let s = &self.shape;
+        let q = Dims { batch: s.batch, heads: s.num_qo_heads, len: s.qo_len, dim: s.head_dim };
+        let k = Dims { heads: s.num_kv_heads, len: s.kv_len, ..q };
+        let v = Dims { dim: s.head_dim_v, ..k };
+        for (name, tensor, dims) in [("q", &inputs.q, q), ("k", &inputs.k, k), ("v", &inputs.v, v)]
+        {
+            check(name, tensor, dims, self.dtype)?;
         }
         let fail = |tensor, problem: String| Err(Error::Tensor { tensor, problem });
         if workspace == 0 || !workspace.is_multiple_of(256) {
@@ -288,31 +363,44 @@ impl Attention {
                     MaskKind::Bool => 1,
                     MaskKind::Additive(dtype) => dtype.bytes() as u64,
                 };
-                if tensor.address == 0 || !tensor.address.is_multiple_of(bytes) {
-                    let problem = format!("its address is not a multiple of {bytes}");
-                    return fail("element_mask", problem);
-                }
+                check_aligned("element_mask", tensor.address, bytes)?;
             }
         }
         match (self.cuda.block_mask, inputs.block_mask) {
             (true, None) => fail("block_mask", "it is announced but missing".into()),
             (false, Some(_)) => fail("block_mask", "announce it in CudaOptions::block_mask".into()),
-            (true, Some(mask)) if mask.address == 0 || mask.address % 4 != 0 => {
-                fail("block_mask", "its address is not a multiple of 4".into())
+            (true, Some(mask)) => {
+                check_aligned("block_mask", mask.address, 4)?;
+                self.device.context().enter()
             }
-            _ => self.device.context().bind_to_thread().map_err(driver("making the context current")),
+            (false, None) => self.device.context().enter(),
         }
     }
 
     fn check_output(&self, output: &Output) -> Result<()> {
-        check("o", &output.o, self.dtype)?;
-        for (tensor, address, bytes) in [("lse", output.lse, 4), ("stats", output.stats, 8)] {
-            if address.is_some_and(|address| address == 0 || address % bytes != 0) {
-                let problem = format!("its address is not a multiple of {bytes}");
-                return Err(Error::Tensor { tensor, problem });
+        let s = &self.shape;
+        let dims =
+            Dims { batch: s.batch, heads: s.num_qo_heads, len: s.qo_len, dim: s.head_dim_v };
+        check("o", &output.o, dims, self.dtype)?;
+        for (name, address, bytes) in [("lse", output.lse, 4), ("stats", output.stats, 8)] {
+            if let Some(address) = address {
+                check_aligned(name, address, bytes)?;
             }
         }
         Ok(())
+    }
+
+    /// Where [`Attention::quantize`] leaves int8 Q and K in the workspace; `None` where it does not,
+    /// or for the fast path's kernels alone.
+    #[must_use]
+    pub fn int8_offsets(&self) -> Option<Int8Offsets> {
+        let layout = &self.general.layout;
+        self.general.kernels.int8.is_some().then(|| Int8Offsets {
+            q8: self.general_at + layout.q8,
+            k8: self.general_at + layout.k8,
+            k_mean: self.general_at + layout.k_mean,
+            padded_dim: self.general.call.padded as usize,
+        })
     }
 
     /// The sizes of the call.
@@ -322,15 +410,63 @@ impl Attention {
     }
 }
 
-/// Kernels read and write 16 bytes at a time.
-fn check(name: &'static str, tensor: &Tensor, dtype: DType) -> Result<()> {
-    let fail = |problem| Err(Error::Tensor { tensor: name, problem });
-    if tensor.address == 0 || !tensor.address.is_multiple_of(16) {
-        return fail(format!("its address {:#x} is not a multiple of 16", tensor.address));
-    }
+/// Quantised queries and keys in the workspace, in bytes from its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Int8Offsets {
+    /// `[num_qo_heads, q blocks of all sequences, 128, padded_dim]`.
+    pub q8: usize,
+    /// `[num_kv_heads, key blocks of all sequences, 64, padded_dim]`.
+    pub k8: usize,
+    /// `[num_kv_heads, sequences, head_dim]` f32: what was taken off K.
+    pub k_mean: usize,
+    /// Bytes of a row.
+    pub padded_dim: usize,
+}
+
+/// Kernels read and write 16 bytes at a time. The stride of a dimension of size 1 leads nowhere.
+fn check(name: &'static str, tensor: &Tensor, dims: Dims, dtype: DType) -> Result<()> {
+    check_aligned(name, tensor.address, 16)?;
     let (s, unit) = (tensor.strides, 16 / dtype.bytes());
-    if [s.batch, s.head, s.token].iter().any(|stride| stride % unit != 0) {
-        return fail(format!("{s:?} are not all multiples of {unit} elements; make it contiguous"));
+    let steps = [(dims.batch, s.batch), (dims.heads, s.head), (dims.len, s.token)];
+    if steps.iter().any(|&(size, stride)| size > 1 && stride % unit != 0) {
+        let problem = format!("{s:?} are not all multiples of {unit} elements; make it contiguous");
+        return Err(Error::Tensor { tensor: name, problem });
     }
     Ok(())
+}
+
+fn check_aligned(tensor: &'static str, address: u64, bytes: u64) -> Result<()> {
+    if address == 0 || !address.is_multiple_of(bytes) {
+        let problem =
+            format!("its address is {address:#x}, expected one that is a multiple of {bytes} and not 0");
+        return Err(Error::Tensor { tensor, problem });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparge::Strides;
+
+    #[test]
+    fn strides_of_one_are_not_looked_at() {
+        let dims = Dims { batch: 1, heads: 2, len: 5, dim: 64 };
+        let with = |batch, head, token| {
+            let tensor = Tensor { address: 0x100, strides: Strides { batch, head, token } };
+            check("q", &tensor, dims, DType::F16)
+        };
+        assert_eq!(with(3, 320, 64), Ok(()));
+        assert!(with(640, 321, 64).is_err());
+        assert!(with(640, 320, 65).is_err());
+    }
+
+    #[test]
+    fn addresses_are_aligned_and_not_null() {
+        assert_eq!(check_aligned("mask", 0x104, 4), Ok(()));
+        for address in [0, 0x102] {
+            let error = check_aligned("mask", address, 4).expect_err("refused").to_string();
+            assert!(error.contains("mask") && error.contains("multiple of 4"), "{error}");
+        }
+    }
 }

@@ -7,13 +7,16 @@ use std::path::{Path, PathBuf};
 pub struct Environment {
     /// Directories that may hold libnvrtc, best first.
     pub nvrtc_dirs: Vec<PathBuf>,
+    /// A pack of kernels compiled ahead of time, looked at first: with it, a known GPU needs no
+    /// NVRTC. `examples/pack.rs` makes one.
+    pub pack_dir: Option<PathBuf>,
     /// Where compiled kernels are kept; `None` keeps them in memory only.
     pub cache_dir: Option<PathBuf>,
 }
 
 impl Environment {
     /// Reads `SPARGE_NVRTC`, `VIRTUAL_ENV`, `CONDA_PREFIX`, `CUDA_HOME`, `CUDA_PATH`, and for the
-    /// cache `SPARGE_CACHE`, `XDG_CACHE_HOME`, `HOME`.
+    /// cache `SPARGE_CACHE`, `XDG_CACHE_HOME`, `HOME`; for the pack `SPARGE_CUBINS`.
     #[must_use]
     pub fn from_process() -> Self {
         let mut dirs: Vec<PathBuf> = path("SPARGE_NVRTC").into_iter().collect();
@@ -30,7 +33,7 @@ impl Environment {
         let cache_dir = path("SPARGE_CACHE")
             .or_else(|| path("XDG_CACHE_HOME").map(|dir| dir.join("sparge")))
             .or_else(|| path("HOME").map(|dir| dir.join(".cache/sparge")));
-        Self { nvrtc_dirs: dirs, cache_dir }
+        Self { nvrtc_dirs: dirs, pack_dir: path("SPARGE_CUBINS"), cache_dir }
     }
 }
 

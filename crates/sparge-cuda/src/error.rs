@@ -12,6 +12,16 @@ pub enum Error {
         "no NVIDIA driver: libcuda was not found; install the NVIDIA driver, or use the CPU backend of the crate `sparge`"
     )]
     NoDriver,
+    /// There is a driver, but no such GPU.
+    #[error(
+        "no GPU {ordinal}: {message}; check `nvidia-smi` and CUDA_VISIBLE_DEVICES (GPUs count from 0), or use the CPU backend of the crate `sparge`"
+    )]
+    NoDevice {
+        /// The number asked for.
+        ordinal: usize,
+        /// The driver's words.
+        message: String,
+    },
     /// libnvrtc is missing.
     #[error(
         "no NVRTC: libnvrtc was not found in {searched:?} or on the loader's path; `pip install nvidia-cuda-nvrtc`, install the CUDA toolkit, or set SPARGE_NVRTC to the directory that holds libnvrtc.so"
@@ -57,6 +67,14 @@ pub enum Error {
         arch: String,
         /// The compiler's words.
         log: String,
+    },
+    /// A pack of compiled kernels could not be written.
+    #[error("{file} could not be written: {message}")]
+    Pack {
+        /// The file.
+        file: String,
+        /// The system's words.
+        message: String,
     },
     /// The driver refused a call.
     #[error("CUDA driver, while {doing}: {message}")]

@@ -4,17 +4,17 @@
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::hopper::is_short;
 use crate::jit::Kernel;
 use crate::launch::Call;
 use crate::options::{CudaOptions, Precision};
 use crate::spec::{Arch, KernelSpec, Mma};
 use crate::tables::{Head, Tables};
 use crate::tensors::MaskKind;
-use sparge::{
-    AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Pooling, SpargeConfig,
-};
+use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Plan, Pooling, SpargeConfig};
 use std::sync::Arc;
+
+/// Tokens of a sequence that the kernels count.
+const MOST_TOKENS: usize = 1 << 28;
 
 /// A kind of call on the general path.
 #[derive(Debug, Clone)]
@@ -25,6 +25,8 @@ pub(crate) struct General {
     /// Sizes and settings; addresses are zero until a call fills them in.
     pub(crate) call: Call,
     pub(crate) tables: Tables,
+    /// `tables` as it travels.
+    pub(crate) words: Arc<[u32]>,
     pub(crate) pooling: Pooling,
     pub(crate) layout: Layout,
     pub(crate) kernels: Kernels,
@@ -42,6 +44,8 @@ pub(crate) struct Duties {
     pub(crate) predicts: bool,
     /// The workspace holds a mask, whoever writes it.
     pub(crate) has_mask: bool,
+    /// It intersects masks for the fast path.
+    pub(crate) intersects: bool,
 }
 
 /// Kernels of the parts that a call has.
@@ -49,6 +53,7 @@ pub(crate) struct Duties {
 pub(crate) struct Kernels {
     pub(crate) upload: Option<Arc<Kernel>>,
     pub(crate) count: Option<Arc<Kernel>>,
+    pub(crate) intersect: Option<Arc<Kernel>>,
     pub(crate) reach: Option<Arc<Kernel>>,
     pub(crate) pool_mask: Option<Arc<Kernel>>,
     pub(crate) pool: Option<Arc<Kernel>>,
@@ -112,19 +117,29 @@ pub(crate) struct Layout {
     /// q, k and v in bf16.
     pub(crate) casts: [usize; 3],
     pub(crate) mask: usize,
+    /// Where masks are intersected.
+    pub(crate) both: usize,
     pub(crate) bytes: usize,
 }
 
 impl General {
     /// Sizes and tables; no kernels and no workspace yet.
     pub(crate) fn new(
+        plan: &Plan<'_>,
         shape: AttentionShape,
         dtype: DType,
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
         cuda: &CudaOptions,
     ) -> Result<Self> {
-        let tables = Tables::new(&shape, options, config);
+        // The tables hold lengths in 32 bits.
+        if shape.qo_len.max(shape.kv_len) > MOST_TOKENS {
+            return Err(Error::Unsupported {
+                what: format!("a sequence of {} tokens", shape.qo_len.max(shape.kv_len)),
+                remedy: "split the tokens; 2^28 at a time is the most",
+            });
+        }
+        let tables = Tables::new(plan, &shape, options, config);
         let scale = options.softmax_scale.unwrap_or(1.0 / (shape.head_dim as f64).sqrt());
         let window = options.window.unwrap_or_default();
         // Longer than any sequence is as good as without end.
@@ -176,6 +191,7 @@ impl General {
             dtype,
             precision: cuda.precision,
             call,
+            words: tables.words().into(),
             tables,
             pooling,
             layout: Layout::default(),
@@ -193,28 +209,39 @@ impl General {
         let (t, s) = (&self.tables, &self.shape);
         let heads = s.num_qo_heads as u128;
         let sequences = t.sequences.len() as u128;
+        let most = i32::MAX as u128 / 2;
+        // Thread blocks of the kernels that read the element mask.
+        let element_heads = if self.call.element_kind == 0 { 0 } else { self.call.element_heads };
+        let parts = (BLOCK_Q / self.pooling.q_rows).max(8) as u128;
         let counts = [
-            sequences * heads * t.longest[0] as u128 * 2,
-            heads * t.all[0] as u128 + s.num_kv_heads as u128 * t.all[1] as u128,
-            s.batch as u128 * heads * s.qo_len.max(s.kv_len) as u128,
-            2 * (s.qo_len.max(s.kv_len) as u128),
+            ("blocks of queries in all heads", sequences * heads * t.longest[0] as u128 * 2),
+            (
+                "blocks in all heads",
+                heads * t.all[0] as u128 + s.num_kv_heads as u128 * t.all[1] as u128,
+            ),
+            ("rows in all heads", s.batch as u128 * heads * s.qo_len.max(s.kv_len) as u128),
+            (
+                "pooled rows of the element mask",
+                sequences * element_heads as u128 * t.longest[0] as u128 * parts,
+            ),
         ];
-        if counts.iter().any(|&count| count > i32::MAX as u128 / 2)
-            || sequences * heads > 65535
-        {
-            return Err(Error::Unsupported {
-                what: format!("a call of {sequences} sequences × {heads} heads × {} rows", s.qo_len),
+        match counts.iter().find(|(_, count)| *count > most) {
+            None => Ok(()),
+            Some((what, count)) => Err(Error::Unsupported {
+                what: format!(
+                    "a call of {sequences} sequences × {heads} heads × {} rows ({count} {what}, {most} is the most)",
+                    s.qo_len
+                ),
                 remedy: "call on fewer heads or sequences at a time",
-            });
+            }),
         }
-        Ok(())
     }
 
     /// Whether any head of any sequence selects blocks.
     pub(crate) fn selects(&self) -> bool {
         self.tables.sequences.iter().any(|s| {
             self.tables.heads.iter().any(|h: &Head| {
-                h.keeps_all == 0 && !(h.is_auto != 0 && is_short(s.q_len as usize, s.kv_len as usize))
+                h.keeps_all == 0 && (h.is_auto == 0 || s.is_short == 0)
             })
         })
     }
@@ -227,6 +254,9 @@ impl General {
         let k = &mut self.kernels;
         k.upload = Some(load(KernelSpec::Upload)?);
         k.count = Some(load(KernelSpec::Count)?);
+        if duties.intersects {
+            k.intersect = Some(load(KernelSpec::Intersect)?);
+        }
         let has_element_mask = self.call.element_kind != 0;
         if has_element_mask {
             k.reach = Some(load(KernelSpec::Reach)?);
@@ -234,7 +264,8 @@ impl General {
         let selects = duties.predicts && self.selects();
         let k = &mut self.kernels;
         if duties.predicts {
-            k.choose = Some(load(KernelSpec::Choose)?);
+            let sub_block = (self.pooling.q_rows, self.pooling.kv_rows) == (16, 16);
+            k.choose = Some(load(KernelSpec::Choose { sub_block })?);
         }
         if selects {
             k.pool = Some(load(KernelSpec::PoolRows { dtype })?);
@@ -336,7 +367,7 @@ impl Layout {
         let groups_bytes = sequences * element_heads * t.longest[0] * 8 * words * 4;
         let v_amax_bytes = kv_heads * sequences * padded * 4;
         let mut layout = Self {
-            tables: take(true, &[t.words().len(), 4]),
+            tables: take(true, &[g.words.len(), 4]),
             groups: take(has_groups, &[groups_bytes]),
             groups_bytes,
             element_pool: take(
@@ -367,6 +398,7 @@ impl Layout {
                 take(casts, &[s.batch * kv_heads, s.kv_len, s.head_dim_v, 2]),
             ],
             mask: take(g.duties.has_mask, &[sequences * heads, t.longest[0], words, 4]),
+            both: take(g.duties.intersects, &[sequences * heads, t.longest[0], words, 4]),
             bytes: 0,
         };
         if overflow {

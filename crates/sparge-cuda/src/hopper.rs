@@ -25,32 +25,31 @@ pub(crate) struct Hopper {
     pool: Pool,
 }
 
+/// Rows of a launch's grid: heads of all batch entries.
+const MAX_GRID_Y: usize = 65535;
+
 /// Whether the fast path computes this shape under these options, in `dtype`.
 pub(crate) fn takes(shape: &AttentionShape, dtype: DType, options: &AttentionOptions<'_>) -> bool {
     DIMS.contains(&shape.head_dim)
         && shape.head_dim_v == shape.head_dim
         && shape.num_qo_heads <= MAX_HEADS
+        && shape.batch * shape.num_qo_heads <= MAX_GRID_Y
         && dtype != DType::F32
         && !options.window.is_some_and(|w| w.left.is_some() || w.right.is_some())
         && matches!(options.lengths, Lengths::Full)
 }
 
 /// What a head of the fast path's own selection keeps; `None` for everything.
-fn budget(config: &SpargeConfig, head: usize, shape: &AttentionShape) -> Option<Budget> {
+fn budget(config: &SpargeConfig, head: usize, auto_is_dense: bool) -> Option<Budget> {
     let (cdf, top_k) = match *config.selection.get(head) {
         Selection::All => return None,
-        Selection::Auto if is_short(shape.qo_len, shape.kv_len) => return None,
+        Selection::Auto if auto_is_dense => return None,
         Selection::Auto => (Selection::AUTO_CDF, 0.0),
         Selection::TopCdf(cdf) => (cdf, 0.0),
         Selection::TopK(top_k) => (0.0, top_k),
         Selection::Union { cdf, top_k } => (cdf, top_k),
     };
     (cdf < 1.0 && top_k < 1.0).then_some(Budget { cdf: cdf as f32, top_k: top_k as f32 })
-}
-
-/// Where [`Selection::Auto`] runs dense.
-pub(crate) fn is_short(q_len: usize, kv_len: usize) -> bool {
-    kv_len < Selection::AUTO_MIN_LEN || q_len < Selection::AUTO_MIN_QUERIES
 }
 
 #[derive(Debug, Clone)]
@@ -80,7 +79,6 @@ pub(crate) struct Workspace {
     pub(crate) k_mean: usize,
     pub(crate) q_pool: usize,
     pub(crate) k_pool: usize,
-    pub(crate) mask: usize,
     pub(crate) bytes: usize,
 }
 
@@ -93,9 +91,10 @@ impl Hopper {
         dtype: DType,
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
+        auto_is_dense: bool,
         pool: Pool,
     ) -> Result<Self> {
-        let mut args = arguments(shape, options, config)?;
+        let mut args = arguments(shape, options, config, auto_is_dense)?;
         let load = |spec: KernelSpec| device.kernel(&spec);
         let dim = shape.head_dim;
         let select = if pool == Pool::None {
@@ -158,6 +157,7 @@ fn arguments(
     shape: AttentionShape,
     options: &AttentionOptions<'_>,
     config: &SpargeConfig,
+    auto_is_dense: bool,
 ) -> Result<Args> {
     let q_blocks = shape.qo_len.div_ceil(BLOCK_Q);
     let kv_blocks = shape.kv_len.div_ceil(BLOCK_KV);
@@ -190,7 +190,7 @@ fn arguments(
         ..Args::default()
     };
     for (head, to) in args.budget[..shape.num_qo_heads].iter_mut().enumerate() {
-        *to = budget(config, head, &shape).unwrap_or(Budget { cdf: 2.0, top_k: 1.0 });
+        *to = budget(config, head, auto_is_dense).unwrap_or(Budget { cdf: 2.0, top_k: 1.0 });
     }
     Ok(args)
 }
@@ -220,13 +220,12 @@ impl Workspace {
             q_scale: take(&[q, BLOCK_Q, 4]),
             q_shift: take(&[q, BLOCK_Q, 4]),
             k8: take(&[kv, BLOCK_KV, dim]),
-            k_scale: take(&[kv, 16]),
+            k_scale: take(&[kv, 32]),
             v8: take(&[kv, BLOCK_KV, dim]),
             partial: take(&[pairs, args.chunks as usize, dim, 4]),
             k_mean: take(&[pairs, dim, 4]),
             q_pool: take(&[q, q_subs, 2, dim, 2]),
             k_pool: take(&[kv, kv_subs, 2, dim, 2]),
-            mask: take(&[if pool == Pool::None { 0 } else { q }, args.mask_words as usize, 4]),
             bytes: 0,
         };
         if overflow {

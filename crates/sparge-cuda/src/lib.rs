@@ -16,6 +16,7 @@
 //! and is not used: the products it would leave out are computed.
 
 mod attention;
+mod context;
 mod device;
 mod dtype;
 mod env;
@@ -29,7 +30,7 @@ mod spec;
 mod tables;
 mod tensors;
 
-pub use attention::Attention;
+pub use attention::{Attention, Int8Offsets};
 pub use device::{Device, Stream};
 pub use dtype::DType;
 pub use env::Environment;

@@ -9,7 +9,7 @@ pub enum Precision {
     /// fast path one per 64 keys; K less its mean over the sequence. P·V in e4m3 with a scale per
     /// channel of V, from compute capability 8.9 on; in the element type (bf16 for f32) below.
     /// Sums in f32. A row feels later tokens through the mean and the scales, to their rounding.
-    /// Head dimensions above 192 are not quantised.
+    /// Head dimensions above 128 are not quantised.
     #[default]
     Quantized,
     /// Both products in the element type (bf16 for f32), sums in f32: what FlashAttention computes.

@@ -60,7 +60,7 @@ pub enum Mma {
 
 impl Mma {
     /// Largest head dimension with quantised kernels: above, registers do not suffice.
-    pub(crate) const MOST_QUANTIZED: usize = 192;
+    pub(crate) const MOST_QUANTIZED: usize = 128;
     const DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
     /// The kernel's head dimension for one of at most 256.
@@ -165,8 +165,13 @@ pub enum KernelSpec {
     PoolMask,
     /// Statistics.
     Count,
+    /// A mask and the caller's block mask, for the fast path.
+    Intersect,
     /// Selection.
-    Choose,
+    Choose {
+        /// Made for 16×16 pooling; else for any.
+        sub_block: bool,
+    },
     /// Attention over kept blocks.
     AttendMma {
         /// Head dimension of the kernel.
@@ -192,11 +197,12 @@ macro_rules! source {
 }
 
 /// What the sources include.
-pub(crate) const HEADERS: [Source; 8] = [
+pub(crate) const HEADERS: [Source; 9] = [
     source!("sparge/types.cuh"),
     source!("sparge/tiles.cuh"),
     source!("sparge/call.cuh"),
     source!("sparge/rows.cuh"),
+    source!("sparge/walk.cuh"),
     source!("sparge/ptx/mma.cuh"),
     source!("sparge/ptx/math.cuh"),
     source!("sparge/ptx/mbarrier.cuh"),
@@ -250,7 +256,8 @@ impl KernelSpec {
 
     /// The general path up to the attention kernel.
     fn preparation() -> Vec<Self> {
-        let mut specs = vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count, Self::Choose];
+        let mut specs = vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count, Self::Intersect];
+        specs.extend([false, true].map(|sub_block| Self::Choose { sub_block }));
         specs.extend([0, 1, 2].map(|which| Self::Cast { which }));
         specs.extend([false, true].map(|per_block| Self::Centres { per_block }));
         for dtype in [DType::F16, DType::Bf16, DType::F32] {
@@ -317,7 +324,9 @@ impl KernelSpec {
             Self::Reach => "sparge::reach<0>".into(),
             Self::PoolMask => "sparge::pool_mask<0>".into(),
             Self::Count => "sparge::count<0>".into(),
-            Self::Choose => "sparge::choose<0>".into(),
+            Self::Intersect => "sparge::intersect<0>".into(),
+            Self::Choose { sub_block: false } => "sparge::choose<0, 0>".into(),
+            Self::Choose { sub_block: true } => "sparge::choose<16, 16>".into(),
             Self::AttendMma { dim, dtype, mma } => {
                 let (int8, fp8) = (mma != Mma::Half, mma == Mma::Int8Fp8);
                 format!("sparge::attend_mma<{dim}, {}, {int8}, {fp8}>", dtype.cuda_name())
@@ -341,8 +350,9 @@ impl KernelSpec {
             | Self::Judge { .. }
             | Self::Reach
             | Self::PoolMask
-            | Self::Count => source!("pool.cu"),
-            Self::Choose => source!("choose.cu"),
+            | Self::Count
+            | Self::Intersect => source!("pool.cu"),
+            Self::Choose { .. } => source!("choose.cu"),
             Self::AttendMma { .. } => source!("attend_mma.cu"),
         }
     }
@@ -351,7 +361,7 @@ impl KernelSpec {
     pub(crate) fn most_shared_bytes(&self) -> usize {
         match *self {
             // 32 pooled queries of two 256-wide features and padding.
-            Self::Choose => 32 * (512 + 16) * 4,
+            Self::Choose { .. } => 32 * (512 + 16) * 4,
             // Tiles of q, k and v, key scales, places of bad values: `Attend::BYTES`.
             Self::AttendMma { dim, mma, .. } => {
                 let pitch = |row: usize| if row.is_multiple_of(128) { row } else { row + 16 };

@@ -1,8 +1,7 @@
 //! What kernels look up per sequence and per head. It travels in the arguments of a launch.
 
-use crate::hopper::is_short;
 use sparge::{
-    Alignment, AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Lengths, Selection,
+    Alignment, AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Lengths, Plan, Selection,
     SpargeConfig,
 };
 use std::mem::size_of;
@@ -50,8 +49,9 @@ pub(crate) struct Tables {
 }
 
 impl Tables {
-    /// The tables of a call that `sparge::Plan` has validated.
+    /// The tables of a call that `plan` has validated, whose lengths `General` has checked.
     pub(crate) fn new(
+        plan: &Plan<'_>,
         shape: &AttentionShape,
         options: &AttentionOptions<'_>,
         config: &SpargeConfig,
@@ -75,15 +75,18 @@ impl Tables {
         };
         let packed = matches!(options.lengths, Lengths::Packed { .. });
         let mut all = [0, 0];
-        let mut longest =
-            if packed { [0, 0] } else { [shape.qo_len.div_ceil(BLOCK_Q), shape.kv_len.div_ceil(BLOCK_KV)] };
-        for s in &mut sequences {
+        let mut longest = if packed {
+            [0, 0]
+        } else {
+            [shape.qo_len.div_ceil(BLOCK_Q), shape.kv_len.div_ceil(BLOCK_KV)]
+        };
+        for (at, s) in sequences.iter_mut().enumerate() {
             let (q_len, kv_len) = (s.q_len as usize, s.kv_len as usize);
             s.diagonal = match options.causal.unwrap_or(Alignment::BottomRight) {
                 Alignment::TopLeft => 0,
                 Alignment::BottomRight => s.kv_len - s.q_len,
             };
-            s.is_short = i32::from(is_short(q_len, kv_len));
+            s.is_short = i32::from(plan.auto_is_dense(at));
             (s.q_block0, s.kv_block0) = (all[0] as i32, all[1] as i32);
             let blocks = [q_len.div_ceil(BLOCK_Q), kv_len.div_ceil(BLOCK_KV)];
             for i in 0..2 {
@@ -100,8 +103,18 @@ impl Tables {
         let mut words = Vec::new();
         for s in &self.sequences {
             let fields = [
-                s.batch, s.q_start, s.q_len, s.kv_start, s.kv_len, s.diagonal, s.q_block0,
-                s.kv_block0, s.is_short, 0, 0, 0,
+                s.batch,
+                s.q_start,
+                s.q_len,
+                s.kv_start,
+                s.kv_len,
+                s.diagonal,
+                s.q_block0,
+                s.kv_block0,
+                s.is_short,
+                0,
+                0,
+                0,
             ];
             words.extend(fields.map(|x| x as u32));
         }
@@ -155,7 +168,7 @@ fn settings(config: &SpargeConfig, head: usize) -> Head {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparge::Plan;
+    use sparge::Window;
 
     #[test]
     fn packed_sequences_get_their_blocks_and_diagonals() {
@@ -177,17 +190,40 @@ mod tests {
             ..Default::default()
         };
         let config = SpargeConfig::default();
-        let tables = Tables::new(&shape, &options, &config);
+        let plan = Plan::new(shape, &options, &config).expect("valid");
+        let tables = Tables::new(&plan, &shape, &options, &config);
         let starts: Vec<_> = tables.sequences.iter().map(|s| (s.q_block0, s.kv_block0)).collect();
         assert_eq!(starts, [(0, 0), (2, 4), (2, 5)]);
         assert_eq!(tables.sequences[0].diagonal, 70);
         assert_eq!(tables.sequences[1].diagonal, 10);
         assert_eq!(tables.all, [5, 10]);
-        let [sequences, heads, q_blocks, kv_blocks] =
-            Plan::new(shape, &options, &config).expect("valid").mask_shape();
+        let [sequences, heads, q_blocks, kv_blocks] = plan.mask_shape();
         assert_eq!((tables.sequences.len(), tables.heads.len()), (sequences, heads));
         assert_eq!(tables.longest, [q_blocks, kv_blocks]);
         assert_eq!(tables.words().len() * 4, tables.sequence_bytes() + 2 * size_of::<Head>());
+    }
+
+    #[test]
+    fn auto_looks_at_what_rows_reach() {
+        let n = Selection::AUTO_MIN_LEN * 2;
+        let shape = AttentionShape {
+            batch: 1,
+            num_qo_heads: 1,
+            num_kv_heads: 1,
+            qo_len: n,
+            kv_len: n,
+            head_dim: 64,
+            head_dim_v: 64,
+        };
+        let is_short = |window| {
+            let causal = Some(Alignment::BottomRight);
+            let options = AttentionOptions { causal, window, ..Default::default() };
+            let config = SpargeConfig::default();
+            let plan = Plan::new(shape, &options, &config).expect("valid");
+            Tables::new(&plan, &shape, &options, &config).sequences[0].is_short
+        };
+        assert_eq!(is_short(None), 0);
+        assert_eq!(is_short(Some(Window { left: Some(200), right: None })), 1);
     }
 
     #[test]

@@ -2,13 +2,16 @@
 
 use sparge_cuda::{Compiler, Environment, Error, KernelSpec};
 use std::collections::HashSet;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::process::{Command, Stdio};
+
+/// NVRTC compiles one program at a time in a process: the work is shared out among processes of
+/// this very test, which are told their part in this variable, as `part/parts`.
+const PART: &str = "SPARGE_COMPILE_PART";
 
 #[test]
 fn all_kernels_compile_without_spills_or_warnings() {
-    let env = Environment::from_process();
-    let compiler = match Compiler::load(&env) {
+    let part = std::env::var(PART).ok();
+    let compiler = match Compiler::load(&Environment::from_process()) {
         Ok(compiler) => compiler,
         Err(error @ Error::NoNvrtc { .. }) => {
             assert!(std::env::var_os("SPARGE_REQUIRE_NVRTC").is_none_or(|v| v != "1"), "{error}");
@@ -17,27 +20,51 @@ fn all_kernels_compile_without_spills_or_warnings() {
         }
         Err(error) => panic!("{error}"),
     };
-    let failures = Mutex::new(Vec::new());
-    let all = KernelSpec::all();
-    let next = AtomicUsize::new(0);
-    let work = || {
-        while let Some((arch, spec)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let fail = |what: String| failures.lock().expect("no panics").push(what);
-            match compiler.compile(spec, arch.name()) {
-                Err(error) => fail(error.to_string()),
-                Ok(compiled) => {
-                    assert!(!compiled.cubin.is_empty());
-                    assert!(!compiled.log.is_empty(), "the assembler reports resources");
-                    for line in compiled.log.lines().filter(|line| is_bad(line)) {
-                        fail(format!("{} for {}: {line}", spec.name(), arch.name()));
-                    }
-                }
+    match part {
+        Some(part) => {
+            let (part, parts) = part.split_once('/').expect("part/parts");
+            compile(&compiler, part.parse().expect("a number"), parts.parse().expect("a number"));
+        }
+        None => share_out(),
+    }
+}
+
+/// Starts a process a processor and waits for all of them.
+fn share_out() {
+    let parts = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
+    let this = std::env::current_exe().expect("a test has an executable");
+    let children: Vec<_> = (0..parts)
+        .map(|part| {
+            Command::new(&this)
+                .args(["--exact", "all_kernels_compile_without_spills_or_warnings", "--nocapture"])
+                .env(PART, format!("{part}/{parts}"))
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("the test starts itself")
+        })
+        .collect();
+    for child in children {
+        let output = child.wait_with_output().expect("the process ran");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+    }
+}
+
+fn compile(compiler: &Compiler, part: usize, parts: usize) {
+    let mut failures = Vec::new();
+    for (arch, spec) in KernelSpec::all().iter().skip(part).step_by(parts) {
+        match compiler.compile(spec, arch.name()) {
+            Err(error) => failures.push(error.to_string()),
+            Ok(compiled) => {
+                assert!(!compiled.cubin.is_empty());
+                assert!(!compiled.log.is_empty(), "the assembler reports resources");
+                let bad = compiled.log.lines().filter(|line| is_bad(line));
+                failures
+                    .extend(bad.map(|line| format!("{} for {}: {line}", spec.name(), arch.name())));
             }
         }
-    };
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
-    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
-    let failures = failures.into_inner().expect("no panics");
+    }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 

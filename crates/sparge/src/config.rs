@@ -96,20 +96,29 @@ pub struct Pooling {
     /// Add ½·scale²·Σ q̄²·var(k), the second-order term of the log of the mean of exp(scale·q·k)
     /// over the keys of a sub-block (keys taken as independent per dimension).
     pub second_order: bool,
+    /// Single queries of each block that are scored against every key; their masses and the
+    /// pooled ones are averaged. The pooled estimate is biased, the samples are few: together they
+    /// are nearer to the truth than either. 0 to 128.
+    #[serde(default)]
+    pub sampled_rows: usize,
 }
 
 impl Pooling {
     /// The paper's: one mean per block, no second-order term.
-    pub const BLOCK: Self = Self { q_rows: 128, kv_rows: 64, second_order: false };
+    pub const BLOCK: Self = Self { q_rows: 128, kv_rows: 64, second_order: false, sampled_rows: 0 };
     /// 16×16 sub-blocks, no second-order term.
-    pub const SUB_BLOCK: Self = Self { q_rows: 16, kv_rows: 16, second_order: false };
+    pub const SUB_BLOCK: Self =
+        Self { q_rows: 16, kv_rows: 16, second_order: false, sampled_rows: 0 };
     /// 16×16 sub-blocks with the second-order term.
-    pub const SECOND_ORDER: Self = Self { q_rows: 16, kv_rows: 16, second_order: true };
+    pub const SECOND_ORDER: Self =
+        Self { q_rows: 16, kv_rows: 16, second_order: true, sampled_rows: 0 };
+    /// 16×16 sub-blocks with the second-order term, and two sampled queries.
+    pub const MIXED: Self = Self { q_rows: 16, kv_rows: 16, second_order: true, sampled_rows: 2 };
 }
 
 impl Default for Pooling {
     fn default() -> Self {
-        Self::SECOND_ORDER
+        Self::MIXED
     }
 }
 
@@ -144,7 +153,7 @@ pub struct SpargeConfig {
     /// sum: a row of n keys can lose a share of up to n·e^−λ of its largest weight. Infinity turns it
     /// off. Default 6, measured to cost 0.02% of perplexity. The paper's λ (there negative), `pvthreshd` in the authors' code (there in log2 units).
     pub lambda: PerHead<f64>,
-    /// Granularity of the prediction. Default [`Pooling::SECOND_ORDER`].
+    /// What the prediction looks at. Default [`Pooling::MIXED`].
     pub pooling: Pooling,
     /// Key blocks at the start of the sequence that are always kept (attention sinks). Default 1.
     pub keep_first: usize,

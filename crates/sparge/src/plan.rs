@@ -161,14 +161,22 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// What a head skips in a sequence. The default runs dense where prediction cannot pay: no row
-    /// reaches many keys (a short sequence, a narrow window: nearly all would be kept), or so few
-    /// queries that predicting reads as much as attending.
+    /// Whether [`Selection::Auto`] runs dense in a sequence (a batch entry, or a packed one): where
+    /// prediction cannot pay, because no row reaches many keys (a short sequence, a narrow window:
+    /// nearly all would be kept), or because so few queries make predicting read as much as
+    /// attending. True for a sequence that the call does not have.
+    #[must_use]
+    pub fn auto_is_dense(&self, sequence: usize) -> bool {
+        self.sequences.get(sequence).is_none_or(|s| {
+            self.visibility[sequence].reach(s.q_len) < Selection::AUTO_MIN_LEN
+                || s.q_len < Selection::AUTO_MIN_QUERIES
+        })
+    }
+
+    /// What a head skips in a sequence.
     pub(crate) fn head(&self, at: HeadAt) -> HeadPlan {
-        let (head, seq) = (self.heads[at.head], &self.sequences[at.sequence]);
-        let reach = self.visibility[at.sequence].reach(seq.q_len);
-        let short = reach < Selection::AUTO_MIN_LEN || seq.q_len < Selection::AUTO_MIN_QUERIES;
-        if head.auto && short {
+        let head = self.heads[at.head];
+        if head.auto && self.auto_is_dense(at.sequence) {
             HeadPlan { budget: Budget::All, lambda: f64::INFINITY, ..head }
         } else {
             head
@@ -312,6 +320,8 @@ fn pooling(pooling: Pooling) -> Result<Pooling> {
         let ok = rows > 0 && block % rows == 0;
         setting(name, rows as f64, ok, "a divisor of the block (128 for q, 64 for k)")?;
     }
+    let (got, most) = (pooling.sampled_rows, BLOCK_Q);
+    setting("pooling.sampled_rows", got as f64, got <= most, "0 to 128, the rows of a block")?;
     Ok(pooling)
 }
 

@@ -209,54 +209,6 @@ fn xattention_finds_a_hot_block() {
     assert_eq!(row(&free, 12), [6, 7]);
 }
 
-/// XAttention by its definition, in f64.
-fn xattention_by_hand(q: &[f32], k: &[f32], dim: usize, s: usize, threshold: f64) -> BlockMask {
-    let len = q.len() / dim;
-    let (n, wide) = (len / s, len / 128);
-    let dot = |i: usize, j: usize| -> f64 {
-        (0..dim).map(|d| f64::from(q[i * dim + d]) * f64::from(k[j * dim + d])).sum()
-    };
-    let mut mask = BlockMask::empty([1, 1, wide, 2 * wide]).expect("small");
-    let mut mass = vec![vec![0.0; wide]; wide];
-    for i in 0..n {
-        let z: Vec<f64> = (0..=i)
-            .map(|j| (0..s).map(|t| dot(i * s + s - 1 - t, j * s + t)).sum::<f64>())
-            .map(|z| (z / ((dim as f64).sqrt() * s as f64)).exp())
-            .collect();
-        let sum: f64 = z.iter().sum();
-        z.iter().enumerate().for_each(|(j, z)| mass[i * s / 128][j * s / 128] += z / sum);
-    }
-    for (row, mass) in mass.iter().enumerate() {
-        let total: f64 = mass.iter().sum();
-        let mut order: Vec<usize> = (1..row).collect();
-        order.sort_by(|&a, &b| mass[b].total_cmp(&mass[a]));
-        let mut before = if row == 0 { mass[0] } else { mass[0] + mass[row] };
-        let mut keep = vec![0, row];
-        for j in order {
-            if before < threshold * total {
-                keep.push(j);
-            }
-            before += mass[j];
-        }
-        for j in keep {
-            mask.set(0, 0, row, 2 * j);
-            mask.set(0, 0, row, 2 * j + 1);
-        }
-    }
-    mask
-}
-
-#[test]
-fn xattention_is_its_definition() {
-    let (q, k) = (structured(1, 1, 1024, 32), structured(2, 1, 1024, 32));
-    for (stride, threshold) in [(8, 0.9), (16, 0.5), (4, 0.7)] {
-        let name = format!("xattention:{threshold},stride={stride}");
-        let expected = xattention_by_hand(&q, &k, 32, stride, threshold);
-        assert!(expected.count() < blocks_of(1024, |_, _| true).count(), "{name} skips nothing");
-        assert_eq!(one(&q, &k, 32, &CAUSAL, &name), expected, "{name}");
-    }
-}
-
 #[test]
 fn random_has_its_density() {
     let x = vec![0.0; 4096 * 8];

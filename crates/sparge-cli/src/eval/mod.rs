@@ -5,6 +5,7 @@ mod haystack;
 mod needle;
 mod order;
 mod ppl;
+mod predictor;
 
 use crate::Context;
 use crate::error::Result;
@@ -32,6 +33,7 @@ enum Command {
     Needle(needle::Args),
     Error(error::Args),
     Order(order::Args),
+    Predictor(predictor::Args),
 }
 
 /// Runs the subcommand.
@@ -41,5 +43,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         Command::Needle(args) => needle::run(args, context),
         Command::Error(args) => error::run(args, context),
         Command::Order(args) => order::run(args, context),
+        Command::Predictor(args) => predictor::run(args, context),
     }
 }

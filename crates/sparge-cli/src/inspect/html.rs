@@ -25,10 +25,11 @@ pub(super) fn page(c: &Calibration) -> String {
     );
     let p = c.settings.pooling;
     let second = if p.second_order { " with the second-order term" } else { "" };
+    let rows = p.sampled_rows;
     let dense = c.layers.iter().flat_map(|l| &l.heads).filter(|h| h.is_dense()).count();
     let _ = writeln!(
         page,
-        "<p>Prediction from {}×{} means{second}; first blocks kept: {}; calls with fewer than {} keys \
+        "<p>Prediction from {}×{} means{second} and {rows} sampled rows; first blocks kept: {}; calls with fewer than {} keys \
          run dense; {dense} of {} heads dense. Made by {}; sha256 of the model {}.</p>",
         p.q_rows,
         p.kv_rows,

@@ -42,11 +42,13 @@ struct Call {
     const u32 *allowed;      // block mask of the caller, may be null
     i64 allowed_sequence, allowed_head;  // words from one to the next, 0 to broadcast
     u32 *mask;               // [sequences, heads, q_blocks, mask_words]; null: every reachable block
+    u32 *both;               // the same shape: the blocks of `mask` that `allowed` has too
     const Sequence *sequences;
     const Head *head;
     u32 *groups;             // [sequences, element_heads, q_blocks, 8, mask_words]: 16-row groups
                              // that the element mask lets reach a block
-    float *element_pool;     // [sequences, element_heads, q_subs, kv_subs], log2 units
+    float *element_pool;     // [sequences, element_heads, q_subs, kv_subs], log2 units;
+                             // −∞ where no pair is seen
     float *q_features;       // [heads, all q blocks, q_subs of a block, width]
     float *k_features;       // [kv_heads, all kv blocks, kv_subs of a block, width]
     u32 *q_known, *k_known;  // [heads, all blocks]: means are finite
@@ -74,7 +76,7 @@ struct Call {
     i32 o_kind, counts_products;
     float scale_log2, square_scale;
 };
-static_assert(sizeof(Call) == 496, "Call");
+static_assert(sizeof(Call) == 504, "Call");
 
 enum Coverage { EMPTY_TILE, PARTIAL_TILE, FULL_TILE };
 
@@ -159,8 +161,6 @@ template <bool IS_Q> __device__ __forceinline__ int sequence_of(const Call &a, i
 __device__ __forceinline__ bool keeps_all(const Head &head, const Sequence &s) {
     return head.keeps_all || (head.is_auto && s.is_short);
 }
-
-constexpr u32 NOTHING = 0x7fffffffu;  // bits of an entry of element_pool that nothing reaches
 
 /// Words of the caller's block mask for a query block, or null.
 __device__ __forceinline__ const u32 *allowed_words(const Call &a, int sequence, int head,

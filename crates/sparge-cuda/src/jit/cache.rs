@@ -1,10 +1,11 @@
-//! Compiled kernels on disk, keyed by everything that went into them.
+//! Compiled kernels on disk, keyed by everything that went into them: the cache that a process fills
+//! as it compiles, and packs made ahead of time.
 
 use super::{Compiled, Compiler};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::spec::{HEADERS, KernelSpec};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 impl Compiler {
     /// [`Compiler::compile`] through `cache_dir`, whose trouble is never an error: a kernel that
@@ -19,8 +20,9 @@ impl Compiler {
         cache_dir: Option<&Path>,
     ) -> Result<Compiled> {
         let Some(dir) = cache_dir else { return self.compile(spec, arch) };
-        let file = dir.join(format!("{}.cubin", self.key(spec, arch)));
-        if let Some(found) = std::fs::read(&file).ok().and_then(|bytes| decode(&bytes)) {
+        let (major, minor) = self.version();
+        let file = path(dir, spec, arch, &[major, minor]);
+        if let Some(found) = read(&file) {
             return Ok(found);
         }
         let compiled = self.compile(spec, arch)?;
@@ -29,32 +31,53 @@ impl Compiler {
         Ok(compiled)
     }
 
-    /// Sources, name, flags, architecture, compiler.
-    fn key(&self, spec: &KernelSpec, arch: &str) -> String {
-        let mut hash = blake3::Hasher::new();
-        let mut field = |bytes: &[u8]| {
-            hash.update(&(bytes.len() as u64).to_le_bytes());
-            hash.update(bytes);
-        };
-        for source in HEADERS.iter().chain([&spec.source()]) {
-            field(source.name.as_bytes());
-            field(source.text.as_bytes());
-        }
-        field(spec.name().as_bytes());
-        for option in Self::options(arch) {
-            field(option.as_bytes());
-        }
-        let (major, minor) = self.version();
-        field(&major.to_le_bytes());
-        field(&minor.to_le_bytes());
-        hash.finalize().to_hex().to_string()
+    /// Compiles a kernel into a pack: a directory that [`crate::Environment::pack_dir`] may name on
+    /// a machine without NVRTC.
+    ///
+    /// # Errors
+    /// As [`Compiler::compile`], and [`Error::Pack`] where it cannot be written.
+    pub fn pack(&self, spec: &KernelSpec, arch: &str, dir: &Path) -> Result<()> {
+        let file = path(dir, spec, arch, &[]);
+        store(dir, &file, &encode(&self.compile(spec, arch)?))
+            .map_err(|e| Error::Pack { file: file.display().to_string(), message: e.to_string() })
     }
+}
+
+/// A kernel from a pack, where it is there and from these very sources. Whichever compiler made it.
+pub(crate) fn packed(dir: &Path, spec: &KernelSpec, arch: &str) -> Option<Compiled> {
+    read(&path(dir, spec, arch, &[]))
+}
+
+fn read(file: &Path) -> Option<Compiled> {
+    std::fs::read(file).ok().and_then(|bytes| decode(&bytes))
+}
+
+/// Named by sources, name, flags, architecture and, where given, the compiler.
+fn path(dir: &Path, spec: &KernelSpec, arch: &str, compiler: &[i32]) -> PathBuf {
+    let mut hash = blake3::Hasher::new();
+    let mut field = |bytes: &[u8]| {
+        hash.update(&(bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    for source in HEADERS.iter().chain([&spec.source()]) {
+        field(source.name.as_bytes());
+        field(source.text.as_bytes());
+    }
+    field(spec.name().as_bytes());
+    for option in Compiler::options(arch) {
+        field(option.as_bytes());
+    }
+    for number in compiler {
+        field(&number.to_le_bytes());
+    }
+    dir.join(format!("{}.cubin", hash.finalize().to_hex()))
 }
 
 /// Writes beside the target, then renames: a reader sees all of it or nothing.
 fn store(dir: &Path, file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     std::fs::create_dir_all(dir)?;
-    let temporary = file.with_extension(format!("{}.tmp", std::process::id()));
+    let thread = std::thread::current().id();
+    let temporary = file.with_extension(format!("{}.{thread:?}.tmp", std::process::id()));
     std::fs::File::create(&temporary)?.write_all(bytes)?;
     std::fs::rename(&temporary, file)
 }

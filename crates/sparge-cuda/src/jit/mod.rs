@@ -4,5 +4,6 @@ mod cache;
 mod module;
 mod nvrtc;
 
+pub(crate) use cache::packed;
 pub(crate) use module::Kernel;
 pub use nvrtc::{Compiled, Compiler};

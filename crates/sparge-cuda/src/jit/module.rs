@@ -2,15 +2,15 @@
 #![expect(unsafe_code, reason = "the driver's modules are raw handles")]
 
 use super::Compiled;
+use crate::context::Context;
 use crate::error::{Error, Result, driver};
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::{result, sys};
 use std::ffi::CString;
-use std::sync::Arc;
 
 /// A loaded kernel; unloaded when dropped.
 #[derive(Debug)]
 pub(crate) struct Kernel {
-    context: Arc<CudaContext>,
+    context: Context,
     module: sys::CUmodule,
     function: sys::CUfunction,
 }
@@ -23,11 +23,11 @@ unsafe impl Sync for Kernel {}
 
 impl Kernel {
     pub(crate) fn load(
-        context: &Arc<CudaContext>,
+        context: &Context,
         compiled: &Compiled,
         shared_bytes: usize,
     ) -> Result<Self> {
-        context.bind_to_thread().map_err(driver("making the context current"))?;
+        let _restore = context.enter()?;
         let name = CString::new(compiled.entry.as_str()).map_err(|_| Error::Driver {
             doing: "loading a kernel",
             message: "its name holds a NUL byte".into(),
@@ -36,7 +36,7 @@ impl Kernel {
         let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast()) }
             .map_err(driver("loading a kernel"))?;
         let mut kernel =
-            Self { context: Arc::clone(context), module, function: std::ptr::null_mut() };
+            Self { context: context.clone(), module, function: std::ptr::null_mut() };
         // SAFETY: the module is loaded and the name NUL-terminated.
         kernel.function = unsafe { result::module::get_function(module, name) }
             .map_err(driver("finding a kernel"))?;
@@ -61,7 +61,7 @@ impl Kernel {
 
 impl Drop for Kernel {
     fn drop(&mut self) {
-        if self.context.bind_to_thread().is_ok() {
+        if let Ok(_restore) = self.context.enter() {
             // SAFETY: loaded by `load`, unloaded once. An error here has nobody to go to.
             let _ = unsafe { result::module::unload(self.module) };
         }

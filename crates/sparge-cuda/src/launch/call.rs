@@ -23,6 +23,7 @@ pub(crate) struct Call {
     pub(crate) allowed_sequence: i64,
     pub(crate) allowed_head: i64,
     pub(crate) mask: u64,
+    pub(crate) both: u64,
     pub(crate) sequences: u64,
     pub(crate) head: u64,
     pub(crate) groups: u64,
@@ -76,9 +77,9 @@ pub(crate) struct Call {
 }
 
 // The size is asserted in call.cuh too.
-const _: () = assert!(size_of::<Call>() == 496);
+const _: () = assert!(size_of::<Call>() == 504);
 const _: () = assert!(offset_of!(Call, mask) == 200);
-const _: () = assert!(offset_of!(Call, n_sequences) == 384);
+const _: () = assert!(offset_of!(Call, n_sequences) == 392);
 
 /// Words that one launch of `upload` carries.
 pub(crate) const UPLOAD_WORDS: usize = 1000;

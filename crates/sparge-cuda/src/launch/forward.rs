@@ -19,7 +19,12 @@ impl Hopper {
     ///
     /// # Errors
     /// As `Attention::forward`.
-    pub(crate) unsafe fn quantize(&self, stream: Stream, inputs: &Inputs, workspace: u64) -> Result<()> {
+    pub(crate) unsafe fn quantize(
+        &self,
+        stream: Stream,
+        inputs: &Inputs,
+        workspace: u64,
+    ) -> Result<()> {
         let mut args = self.arguments(workspace);
         (args.q, args.q_strides) = part(&inputs.q);
         (args.k, args.k_strides) = part(&inputs.k);
@@ -61,7 +66,9 @@ impl Hopper {
         let tiles = (args.q_blocks as usize * self.pooled_per_block()).div_ceil(*rows);
         let heads = self.shape.batch * self.shape.num_qo_heads;
         // SAFETY: the grid and the shared memory match the kernel's contract.
-        unsafe { enqueue(kernel, [tiles as u32, heads as u32], THREADS, *shared, stream, &mut args) }
+        unsafe {
+            enqueue(kernel, [tiles as u32, heads as u32], THREADS, *shared, stream, &mut args)
+        }
     }
 
     /// Attention over the blocks of `mask` (all reachable ones for `None`), from what

@@ -28,10 +28,9 @@ impl General {
         // SAFETY: addresses lie in the caller's tensors and the workspace; grids are the kernels'.
         unsafe {
             if let Some(int8) = &k.int8 {
-                self.upload(stream, at)?;
                 enqueue(&int8.sums, [self.kv_blocks(), 1], 128, 0, stream, &mut call)?;
-                let grid = [self.tables.sequences.len() as u32, s.num_kv_heads as u32];
-                enqueue(&int8.centres, grid, THREADS, 0, stream, &mut call)?;
+                let pairs = self.tables.sequences.len() * s.num_kv_heads;
+                enqueue(&int8.centres, [pairs as u32, 1], THREADS, 0, stream, &mut call)?;
                 let blocks = self.q_blocks() + self.kv_blocks();
                 enqueue(&int8.rows, [blocks, 1], THREADS, 0, stream, &mut call)?;
             }
@@ -75,12 +74,11 @@ impl General {
         let k = &self.kernels;
         // SAFETY: as in `quantize`.
         unsafe {
-            self.upload(stream, at)?;
             self.reach(stream, &mut call)?;
             if let Some(kernel) = &k.pool_mask {
                 let subs = call.q_blocks * (sparge::BLOCK_Q as i32 / call.q_rows);
-                let grid = [subs as u32, (call.n_sequences * call.element_heads) as u32];
-                enqueue(kernel, grid, THREADS, 0, stream, &mut call)?;
+                let grid = subs * call.n_sequences * call.element_heads;
+                enqueue(kernel, [grid as u32, 1], THREADS, 0, stream, &mut call)?;
             }
             let blocks = self.q_blocks() + self.kv_blocks();
             if let Some(kernel) = &k.pool {
@@ -88,8 +86,8 @@ impl General {
             }
             if let Some(judge) = &k.judge {
                 enqueue(&judge.sums, [self.kv_blocks(), 1], 128, 0, stream, &mut call)?;
-                let grid = [call.n_sequences as u32, call.kv_heads as u32];
-                enqueue(&judge.centres, grid, THREADS, 0, stream, &mut call)?;
+                let grid = (call.n_sequences * call.kv_heads) as u32;
+                enqueue(&judge.centres, [grid, 1], THREADS, 0, stream, &mut call)?;
                 enqueue(&judge.judge, [blocks, 1], THREADS, 0, stream, &mut call)?;
             }
             if let Some(kernel) = &k.choose {
@@ -129,8 +127,6 @@ impl General {
         unsafe {
             if output.stats.is_some() {
                 self.count(stream, inputs, output, mask, false, at)?;
-            } else {
-                self.upload(stream, at)?;
             }
             enqueue(kernel, [items as u32, 1], 128, shared, stream, &mut call)
         }
@@ -162,7 +158,6 @@ impl General {
         let heads = (call.n_sequences * call.heads) as usize;
         // SAFETY: as in `quantize`.
         unsafe {
-            self.upload(stream, at)?;
             self.reach(stream, &mut call)?;
             clear(stats, heads * 32, stream)?;
             enqueue(kernel, [rows.div_ceil(THREADS / 32), 1], THREADS, 0, stream, &mut call)
@@ -172,7 +167,7 @@ impl General {
     /// What the element mask lets through, where there is one.
     unsafe fn reach(&self, stream: Stream, call: &mut Call) -> Result<()> {
         let Some(kernel) = &self.kernels.reach else { return Ok(()) };
-        let grid = [call.q_blocks as u32 * 8, (call.n_sequences * call.element_heads) as u32];
+        let grid = [(call.q_blocks * 8 * call.n_sequences * call.element_heads) as u32, 1];
         // SAFETY: as in `quantize`.
         unsafe {
             clear(call.groups, self.layout.groups_bytes, stream)?;
@@ -180,11 +175,43 @@ impl General {
         }
     }
 
-    /// Writes the tables to the workspace.
-    unsafe fn upload(&self, stream: Stream, at: u64) -> Result<()> {
+    /// The blocks of `mask` (all for `None`) that the caller's block mask allows, where this path is
+    /// there to say so; else `mask`.
+    ///
+    /// # Safety
+    /// As `Attention::forward`.
+    ///
+    /// # Errors
+    /// As `Attention::forward`.
+    pub(crate) unsafe fn intersect(
+        &self,
+        stream: Stream,
+        inputs: &Inputs,
+        mask: Option<u64>,
+        at: u64,
+    ) -> Result<Option<u64>> {
+        let Some(kernel) = &self.kernels.intersect else { return Ok(mask) };
+        let mut call = self.call(inputs, at);
+        call.mask = mask.unwrap_or(0);
+        call.both = at + self.layout.both as u64;
+        let rows = call.n_sequences as u64 * call.heads as u64 * call.q_blocks as u64;
+        let blocks = (rows * call.mask_words as u64).div_ceil(u64::from(THREADS)).min(4096) as u32;
+        // SAFETY: as in `quantize`; any grid will do.
+        unsafe { enqueue(kernel, [blocks, 1], THREADS, 0, stream, &mut call)? };
+        Ok(Some(call.both))
+    }
+
+    /// Writes the tables, which every other verb reads, to the workspace.
+    ///
+    /// # Safety
+    /// As `Attention::forward`.
+    ///
+    /// # Errors
+    /// As `Attention::forward`.
+    pub(crate) unsafe fn upload(&self, stream: Stream, at: u64) -> Result<()> {
         let Some(kernel) = &self.kernels.upload else { return Ok(()) };
         let mut to = at + self.layout.tables as u64;
-        for part in self.tables.words().chunks(UPLOAD_WORDS) {
+        for part in self.words.chunks(UPLOAD_WORDS) {
             let mut words = [0; UPLOAD_WORDS];
             words[..part.len()].copy_from_slice(part);
             let mut upload = Upload { to, count: part.len() as i32, unused: 0, words };
@@ -257,6 +284,9 @@ impl General {
         (call.v, call.v_strides) = part(&inputs.v);
         if let Some(mask) = &inputs.element_mask {
             (call.element, call.element_strides) = part(mask);
+            if call.element_heads == 1 {
+                call.element_strides.head = 0;
+            }
         }
         if let Some(mask) = &inputs.block_mask {
             call.allowed = mask.address;
@@ -274,4 +304,3 @@ unsafe fn clear(address: u64, bytes: usize, stream: Stream) -> Result<()> {
     unsafe { result::memset_d8_async(address, 0, bytes, stream.0.cast()) }
         .map_err(driver("clearing counters"))
 }
-

@@ -189,6 +189,7 @@ impl Worker {
         for (i, ranking) in grid.rankings.iter().enumerate() {
             let row = match (ranking, &candidates.plans[i], &pooled[i]) {
                 (Ranking::Predicted { .. }, Some(plan), Some(keys)) => {
+                    self.scorer.sample(plan, &x.q, &x.k, at, q_block..q_block + 1);
                     std::mem::take(self.scorer.row(plan, &x.q, at, q_block, keys))
                 }
                 (Ranking::Given(masses), ..) => {

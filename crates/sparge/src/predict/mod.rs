@@ -1,6 +1,7 @@
 //! Stage 1: pool → judge → score → select. Which blocks of the attention map matter.
 
 mod pool;
+mod sample;
 mod score;
 mod select;
 
@@ -11,6 +12,7 @@ use crate::plan::{Budget, HeadAt, Plan};
 use crate::tensor::{Element, TensorView};
 pub(crate) use pool::PooledKeys;
 use rayon::prelude::*;
+pub(crate) use sample::positions;
 pub(crate) use score::Scorer;
 pub(crate) use select::RowScores;
 
@@ -42,22 +44,36 @@ pub fn predict<T: Element>(
         })
         .collect();
 
-    let rows: Vec<&mut [u64]> = mask.rows_mut().collect();
-    rows.into_par_iter().enumerate().for_each_init(Scorer::default, |scorer, (i, words)| {
-        let at =
-            HeadAt { sequence: i / q_blocks / num_qo_heads, head: i / q_blocks % num_qo_heads };
-        let q_block = i % q_blocks;
-        if q_block >= plan.sequences[at.sequence].q_blocks() {
+    // Neighbouring query blocks together: their samples share the work.
+    let mut rows: Vec<&mut [u64]> = mask.rows_mut().collect();
+    let groups: Vec<(HeadAt, usize, &mut [&mut [u64]])> = rows
+        .chunks_mut(q_blocks.max(1))
+        .enumerate()
+        .flat_map(|(i, rows)| {
+            let at = HeadAt { sequence: i / num_qo_heads, head: i % num_qo_heads };
+            let groups = rows.chunks_mut(sample::GROUP).enumerate();
+            groups.map(move |(g, rows)| (at, g * sample::GROUP, rows))
+        })
+        .collect();
+    groups.into_par_iter().for_each_init(Scorer::default, |scorer, (at, first, rows)| {
+        let last = (first + rows.len()).min(plan.sequences[at.sequence].q_blocks());
+        if first >= last {
             return;
         }
         let keys = pooled[at.sequence * kv_heads + plan.shape.kv_head(at.head)].as_ref();
-        let mut keep = |j: usize| words[j / 64] |= 1 << (j % 64);
-        match (plan.head(at).budget, keys) {
-            (Budget::Some { cdf, top_k }, Some(keys)) => {
-                let row = scorer.row(plan, q, at, q_block, keys);
-                select::select(row, cdf, top_k, keep);
+        let budget = plan.head(at).budget;
+        if let (Budget::Some { .. }, Some(_)) = (budget, keys) {
+            scorer.sample(plan, q, k, at, first..last);
+        }
+        for (q_block, words) in (first..last).zip(rows) {
+            let mut keep = |j: usize| words[j / 64] |= 1 << (j % 64);
+            match (budget, keys) {
+                (Budget::Some { cdf, top_k }, Some(keys)) => {
+                    let row = scorer.row(plan, q, at, q_block, keys);
+                    select::select(row, cdf, top_k, keep);
+                }
+                _ => plan.reachable(at, q_block).for_each(&mut keep),
             }
-            _ => plan.reachable(at, q_block).for_each(&mut keep),
         }
     });
     Ok(mask)
@@ -102,11 +118,17 @@ pub fn block_masses<T: Element>(
     let keys = PooledKeys::new(plan, k, sequence, plan.shape.kv_head(head));
     let (q_blocks, kv_blocks) = (seq.q_blocks(), seq.kv_blocks());
     let mut values = vec![f32::NAN; q_blocks * kv_blocks];
-    values.par_chunks_mut(kv_blocks.max(1)).enumerate().for_each_init(
+    let at = HeadAt { sequence, head };
+    values.par_chunks_mut(kv_blocks.max(1) * sample::GROUP).enumerate().for_each_init(
         Scorer::default,
-        |scorer, (q_block, out)| {
-            let row = scorer.row(plan, q, HeadAt { sequence, head }, q_block, &keys);
-            row.masses.iter().for_each(|&(j, mass)| out[j] = mass);
+        |scorer, (group, out)| {
+            let first = group * sample::GROUP;
+            let rows = out.chunks_mut(kv_blocks.max(1));
+            scorer.sample(plan, q, k, at, first..first + rows.len());
+            for (i, out) in rows.enumerate() {
+                let row = scorer.row(plan, q, at, first + i, &keys);
+                row.masses.iter().for_each(|&(j, mass)| out[j] = mass);
+            }
         },
     );
     Ok(BlockMasses { q_blocks, kv_blocks, values })

@@ -1,6 +1,7 @@
 //! Pooled scores of one query block and the masses they predict.
 
 use super::pool::{PooledKeys, RowReader, mean_cosine, mean_into};
+use super::sample::Samples;
 use super::select::RowScores;
 use crate::config::ElementMask;
 use crate::cpu::{PackedQ, Rows, Running, Scores};
@@ -18,11 +19,27 @@ pub(crate) struct Scorer {
     scores: Vec<f32>,
     running: Running,
     scratch: Vec<f32>,
+    samples: Samples,
     out: RowScores,
 }
 
 impl Scorer {
-    /// Scores query block `q_block` of `at` against every block it can reach.
+    /// Looks at single queries of the blocks `q_blocks`, which [`Scorer::row`] then mixes in.
+    pub(crate) fn sample<T: Element>(
+        &mut self,
+        plan: &Plan<'_>,
+        q: &TensorView<'_, T>,
+        k: &TensorView<'_, T>,
+        at: HeadAt,
+        q_blocks: Range<usize>,
+    ) {
+        if plan.pooling.sampled_rows > 0 {
+            self.samples.compute(plan, q, k, at, q_blocks);
+        }
+    }
+
+    /// Scores query block `q_block` of `at` against every block it can reach; it must be among
+    /// those last sampled.
     pub(crate) fn row<T: Element>(
         &mut self,
         plan: &Plan<'_>,
@@ -68,6 +85,9 @@ impl Scorer {
         }
         if let (Some(&first), Some(&last)) = (scored.first(), scored.last()) {
             self.score(plan, at, &rows, keys, &scored, first..last + 1);
+            if plan.pooling.sampled_rows > 0 && !self.out.undecidable {
+                self.out.undecidable = !self.samples.mix(q_block, &mut self.out.masses);
+            }
         }
         &mut self.out
     }

@@ -193,7 +193,47 @@ fn masses(
         }
     }
     masses.iter_mut().for_each(|m| *m /= weight);
+    let sampled = sampled(plan, at, queries, keys, rows, scored, scale)?;
+    let total: f64 = sampled.iter().sum();
+    if total > 0.0 {
+        masses.iter_mut().zip(&sampled).for_each(|(m, s)| *m = 0.5 * (*m + s / total));
+    }
     Some(masses)
+}
+
+/// The sum over the sampled rows of each scored block's share of their attention; `None` where the
+/// scores are not finite.
+fn sampled(
+    plan: &Plan<'_>,
+    at: HeadAt,
+    queries: &[Vec<f64>],
+    keys: &[Vec<f64>],
+    rows: &Range<usize>,
+    scored: &[usize],
+    scale: f64,
+) -> Option<Vec<f64>> {
+    let mut shares = vec![0.0; scored.len()];
+    for i in crate::predict::positions(rows.clone(), plan.pooling.sampled_rows) {
+        let seen: Vec<(usize, f64)> = (0..keys.len())
+            .filter(|&j| plan.sees(at, i, j))
+            .map(|j| (j, scale * dot(&queries[i], &keys[j]) + f64::from(plan.bias(at, i, j))))
+            .collect();
+        let max = seen.iter().fold(f64::NEG_INFINITY, |m, s| m.max(s.1));
+        let sum: f64 = seen.iter().map(|s| (s.1 - max).exp()).sum();
+        if seen.is_empty() {
+            continue;
+        }
+        // f32 implementations run out of range there.
+        if !sum.is_finite() || !max.is_finite() || max.abs() > f64::from(f32::MAX) / 2.0 {
+            return None;
+        }
+        for (j, score) in seen {
+            if let Ok(index) = scored.binary_search(&(j / BLOCK_KV)) {
+                shares[index] += (score - max).exp() / sum;
+            }
+        }
+    }
+    Some(shares)
 }
 
 /// ln of the mean of exp(additive mask) over a tile's visible pairs.

@@ -104,7 +104,9 @@ pub fn case() -> impl Strategy<Value = Case> {
         Just(Pooling::BLOCK),
         Just(Pooling::SUB_BLOCK),
         Just(Pooling::SECOND_ORDER),
-        Just(Pooling { q_rows: 32, kv_rows: 8, second_order: false }),
+        Just(Pooling { q_rows: 32, kv_rows: 8, second_order: false, sampled_rows: 0 }),
+        Just(Pooling::MIXED),
+        Just(Pooling { q_rows: 64, kv_rows: 32, second_order: true, sampled_rows: 5 }),
     ];
     let isa = prop_oneof![3 => Just(None), 1 => Just(Some(Isa::Scalar))];
     (

@@ -19,6 +19,9 @@ __device__ __forceinline__ float lg2(float x) {
 __device__ __forceinline__ float as_float(u32 x) { return __uint_as_float(x); }
 __device__ __forceinline__ u32 as_bits(float x) { return __float_as_uint(x); }
 
+/// Whether 448 / x leaves f32's range: a tensor that small counts as zero.
+__device__ __forceinline__ bool is_tiny(float x) { return x < 1.4e-36f; }
+
 /// Two e4m3 values, saturated: `lo` in the low byte.
 __device__ __forceinline__ u32 e4m3x2(float lo, float hi) {
     u16 y;

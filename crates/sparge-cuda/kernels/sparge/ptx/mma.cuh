@@ -32,6 +32,12 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], u32 addres
                  : "memory");
 }
 
+template <class T> struct IsF16 { static constexpr bool value = false; };
+template <> struct IsF16<F16> { static constexpr bool value = true; };
+/// What Q·Kᵀ sums in.
+template <bool INT8> struct QkSum { using Type = float; };
+template <> struct QkSum<true> { using Type = i32; };
+
 /// c += a·bᵀ, 16 × 8 × 16, f32 sums.
 template <class T> __device__ __forceinline__ void mma_half(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
 template <>
@@ -91,5 +97,27 @@ template <int ROW> struct Placed {
         return IS_SWIZZLED ? (address + step / 4 * 128) ^ (step % 4 * 32) : address + 32 * step;
     }
 };
+
+/// All THREADS start the copy of a tile of N rows of D two-byte elements, of which `rows` rows of
+/// `dim` elements exist, `stride` elements apart; the rest becomes zero.
+template <int D, int N, int THREADS, class P>
+__device__ __forceinline__ void copy_rows(u8 *to, const void *from, i64 stride, int rows, int dim) {
+    const u16 *start = static_cast<const u16 *>(from);
+    constexpr int CHUNKS = D / 8;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < N * CHUNKS; i += THREADS) {
+        const int r = i / CHUNKS, c = i % CHUNKS;
+        const bool exists = r < rows && 8 * c < dim;
+        copy16(smem(to + P::at(r, c)), exists ? start + r * stride + 8 * c : start, exists);
+    }
+}
+/// The same for N rows of ROW bytes that lie one after another and all exist.
+template <int N, int ROW, int THREADS, class P>
+__device__ __forceinline__ void copy_image(u8 *to, const void *from) {
+    const u8 *start = static_cast<const u8 *>(from);
+#pragma unroll 2
+    for (int i = threadIdx.x; i < N * ROW / 16; i += THREADS)
+        copy16(smem(to + P::at(i / (ROW / 16), i % (ROW / 16))), start + 16 * i, true);
+}
 
 }  // namespace sparge
