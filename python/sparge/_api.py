@@ -67,7 +67,8 @@ def attention(
     * ``topk``, ``cdf``, ``theta``, ``pv_gap``, ``policy``: see :class:`Config`; they override
       ``config``, which overrides ``calibration`` (:meth:`Calibration.layer`).
     * ``window`` ``(left, right)``: keys before and after the diagonal, None for unbounded.
-    * ``key_lengths`` ``[batch]``: the first so many keys of each batch entry are valid.
+    * ``key_lengths`` ``[batch]``, integers: the first so many keys of each batch entry are valid. They
+      are needed on the host: a GPU tensor is copied there, for which the host waits.
     * ``keep_keys``: token ranges ``((from, to), …)`` whose key blocks every query attends,
       whatever is predicted (text tokens of a diffusion transformer).
 

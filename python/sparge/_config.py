@@ -15,7 +15,7 @@ PerHead = Union[float, Sequence[float], None]
 AUTO_CDF = 0.99
 
 QK = ("f32", "int8", "half")
-POOLINGS = {"block": "128x64", "sub_block": "16x16", "second_order": "16x16+2"}
+POOLINGS = {"block": "128x64", "sub_block": "16x16", "second_order": "16x16+2", "mixed": "16x16+2+2rows"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Config:
       any length where ``theta``, ``pv_gap`` or ``policy="paper"`` is given.
     * ``theta``: the judge θ in [0, 1): blocks that are not self-similar are kept. 0: off.
     * ``pv_gap``: λ of stage 2, natural-log units, above 0 (``inf``: off). Default 6.
-    * ``pooling``: ``"second_order"`` (default on the CPU), ``"sub_block"``, ``"block"`` (the
+    * ``pooling``: ``"mixed"`` (default on the CPU: the next one and two sampled queries of each
+      block; not on CUDA), ``"second_order"`` (default on CUDA), ``"sub_block"``, ``"block"`` (the
       paper's), or ``"QxK"``, rows per mean.
     * ``keep_first``: key blocks at the start that are always kept. Default 1.
     * ``qk``: the arithmetic of Q·Kᵀ. CPU: ``"f32"`` (default) or ``"int8"``. CUDA: ``"int8"``

@@ -213,7 +213,7 @@ def _host_lens(kv_lens: Tensor) -> tuple[int, ...]:
 
 def _for_cuda(settings: str) -> tuple[str, str]:
     """The settings and the arithmetic on a GPU. What asks for everything and no stage 2 wants
-    exactness, so it gets 16-bit products; pooling is whole sub-blocks where nothing is said."""
+    exactness, so it gets 16-bit products."""
     words = settings.split()
     if any(word.startswith("isa=") for word in words):
         raise SpargeError("isa is a setting of the CPU; leave it out on CUDA tensors")
@@ -227,6 +227,8 @@ def _for_cuda(settings: str) -> tuple[str, str]:
     exact = "select=all" in words and "pv_gap=inf" in words
     precision = "half" if exact or "qk=half" in words else "quantized"
     words = [word for word in words if not word.startswith("qk=")]
+    if not any(word.startswith("pooling=") for word in words):
+        words.append("pooling=16x16+2")  # the CPU's default without its sampled queries
     return " ".join(words), precision
 
 
@@ -320,7 +322,7 @@ def predict(
     found = call.select()
     if keep_keys:
         found |= _kept_words(query.device, found.shape[3], keep_keys)
-    return unpack(found, shape[3])
+    return unpack(found, shape[3]).contiguous()
 
 
 def _reachable(

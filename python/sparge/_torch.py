@@ -48,15 +48,15 @@ def _settings(
     causal: Optional[str],
     window: Window,
     keep_keys: Any,
-    is_short_on_cuda: bool,
+    is_short: bool,
 ) -> tuple[str, str]:
     """The settings' text, and what they leave open: `AUTO`, `EXACT` or nothing."""
     config = (config or Config()).override(
         topk=topk, cdf=cdf, theta=theta, pv_gap=pv_gap, policy=policy
     )
     config = config.at(kv_len)
-    if is_short_on_cuda and config.is_default():
-        config = DENSE  # its arithmetic as well: the default one is int8
+    if is_short and config.is_default():
+        config = DENSE  # on a GPU its arithmetic as well: the default one is int8
     text = settings_text(
         config, layout=layout, scale=scale, causal=causal, window=window, keep_keys=keep_keys
     )
@@ -135,13 +135,21 @@ def attention(
         return _without_heads(one, layout, return_lse)
     _check_dims(query, key, value)
     q_len, kv_len = _lens(query, key, layout)
+    # Not asked for tuned calls: compiled graphs guard on lengths that were asked about.
+    is_untuned = (
+        topk is None and cdf is None and theta is None and pv_gap is None
+        and policy in (None, "auto")
+        and (config is None or config.is_default())
+    )  # fmt: skip
+    is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO, is_causal)
     text, leaves = _kept_settings(
         config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys,
-        query.is_cuda and _is_short(query, q_len, kv_len, AUTO, is_causal),
+        is_short,
     )  # fmt: skip
     try:
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
         _same_device(query, block_mask, "block_mask")
+        query, key, value = _one_batch(query, key, value)
         if leaves and _is_short(query, q_len, kv_len, leaves, is_causal):
             extras = return_lse or return_stats or window or keep_keys
             plain = not extras and block_mask is None and key_lengths is None
@@ -157,7 +165,6 @@ def attention(
         if attn_mask is not None:
             attn_mask = _element_mask(attn_mask, q_len, kv_len)
         lens = None if key_lengths is None else _lengths(key_lengths, query)
-        query, key, value = _one_batch(query, key, value)
         if not (return_lse or return_stats):
             return _ops.attention(query, key, value, attn_mask, block_mask, lens, text)
         out, lse, counts = _ops.attention_full(
@@ -202,7 +209,13 @@ def is_plain_and_short(
         and key.shape[2] < (AUTO_MIN_LEN if is_causal else CPU_MIN_LEN)
         and not (query.requires_grad or key.requires_grad or value.requires_grad)
         and not (is_causal and attn_mask is not None)
-        and (attn_mask is None or attn_mask.dtype in (torch.bool, query.dtype))
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and (
+            attn_mask is None
+            or attn_mask.dtype in (torch.bool, query.dtype)
+            and attn_mask.is_cpu
+            and not attn_mask.requires_grad
+        )
     )
 
 
@@ -441,7 +454,7 @@ def predict(
     text, _ = _settings(
         kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
         causal, window, None,
-        query.is_cuda and _is_short(query, q_len, kv_len, AUTO, causal is not None),
+        _is_short(query, q_len, kv_len, AUTO, causal is not None),
     )  # fmt: skip
     query, key, _ = _one_batch(query, key, key)
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)

@@ -19,8 +19,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]
 
-# int8 Q·Kᵀ and fp8 P·V against float64; 16-bit products.
-QUANTIZED, HALF = 0.03, 0.01
+# Against float64. fp8 (e4m3, 3 bits of mantissa) rounds P and V by 2.6% each in the root mean square;
+# averages of values around zero shrink no faster than the errors do. And 16-bit products.
+QUANTIZED, HALF = 0.04, 0.01
 
 
 def inputs(**options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -308,7 +309,8 @@ def test_predicting_nothing_still_heeds_masks() -> None:
     blocks = torch.rand(1, 4, 3, 5, device="cuda") < 0.5
     got = _ops.predict(q, k, None, blocks, None, "layout=HND select=all pv_gap=inf")
     assert torch.equal(got, blocks.expand(2, 4, 3, 5))
-    assert _ops.predict(q[:0], k[:0], None, None, None, "layout=HND select=all").shape == (0, 4, 3, 5)
+    with pytest.raises(sparge.SpargeError, match="batch is 0"):
+        _ops.predict(q[:0], k[:0], None, None, None, "layout=HND select=all")
 
 
 def test_nhd() -> None:
