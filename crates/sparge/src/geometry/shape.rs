@@ -40,7 +40,14 @@ impl AttentionShape {
         k: &TensorView<'_, T>,
         v: &TensorView<'_, T>,
     ) -> Result<Self> {
-        let (q, k, v) = (q.dims(), k.dims(), v.dims());
+        Self::of_dims(q.dims(), k.dims(), v.dims())
+    }
+
+    /// The same from the sizes alone, for tensors that are not in this process's memory.
+    ///
+    /// # Errors
+    /// As [`AttentionShape::of`].
+    pub fn of_dims(q: Dims, k: Dims, v: Dims) -> Result<Self> {
         let same = |name, a, got_a, b, got_b| {
             if got_a == got_b { Ok(()) } else { Err(Error::Mismatch { name, a, got_a, b, got_b }) }
         };

@@ -1,0 +1,241 @@
+"""The public calls: the arguments' framework decides who serves them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+from ._config import Config, PerHead
+from ._mask import BlockMask
+from ._types import Quantized
+
+Window = Optional[tuple[Optional[int], Optional[int]]]
+
+
+# `sparge._torch`, once a torch tensor has been seen: importing it imports torch.
+_torch: Any = None
+
+
+def _is_torch(array: Any) -> bool:
+    global _torch
+    if _torch is None:
+        if "torch" not in sys.modules:
+            return False
+        from . import _torch as module
+
+        _torch = module
+    return isinstance(array, _torch.Tensor)
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Optional[Any] = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
+    *,
+    topk: PerHead = None,
+    cdf: PerHead = None,
+    theta: PerHead = None,
+    pv_gap: PerHead = None,
+    policy: Optional[str] = None,
+    layout: str = "HND",
+    causal_alignment: str = "top_left",
+    window: Window = None,
+    key_lengths: Union[Any, Sequence[int], None] = None,
+    keep_keys: Optional[tuple[tuple[int, int], ...]] = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+    config: Optional[Config] = None,
+    calibration: Optional[Config] = None,
+    fallback: Optional[str] = None,
+) -> Any:
+    """Sparse attention with the semantics of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    * ``query`` ``[batch, heads, q_len, dim]``, ``key`` ``[batch, kv_heads, kv_len, dim]``,
+      ``value`` ``[batch, kv_heads, kv_len, dim_v]`` (``layout="NHD"``: tokens before heads; torch
+      also without heads), float32, float16 or bfloat16, any strides. Torch tensors on the CPU or a
+      CUDA GPU, numpy arrays, or DLPack arrays on the CPU; the result is of the same kind.
+    * ``attn_mask``: bool (True takes part) or float (added), broadcastable as in SDPA.
+    * ``is_causal``: aligned as ``causal_alignment`` says: ``"top_left"`` as SDPA,
+      ``"bottom_right"`` for a key/value cache. The same where q_len = kv_len.
+    * ``scale``: default 1/√dim. ``enable_gqa``: heads a multiple of kv_heads, nothing is repeated.
+    * ``topk``, ``cdf``, ``theta``, ``pv_gap``, ``policy``: see :class:`Config`; they override
+      ``config``, which overrides ``calibration`` (:meth:`Calibration.layer`).
+    * ``window`` ``(left, right)``: keys before and after the diagonal, None for unbounded.
+    * ``key_lengths`` ``[batch]``, integers: the first so many keys of each batch entry are valid. They
+      are needed on the host: a GPU tensor is copied there, for which the host waits.
+    * ``keep_keys``: token ranges ``((from, to), …)`` whose key blocks every query attends,
+      whatever is predicted (text tokens of a diffusion transformer).
+
+    Returns the output, or a tuple of it and what was asked for: ``return_lse`` the log-sum-exp
+    ``[batch, heads, q_len]`` float32 (natural log), ``return_stats`` a :class:`Stats`.
+
+    Left to its defaults it is exact for short sequences: on torch tensors that is SDPA itself, below
+    1024 keys when causal, 2048 when not, 4096 on a GPU, and below 16 queries; on arrays below 1024
+    keys. Any knob that is set means what it says at any length.
+
+    Raises ``SpargeError`` (a ``ValueError``) for what cannot be served: dropout, inputs that
+    require gradients, other types or devices, masks that do not fit, settings out of range;
+    ``NotImplementedError`` for what only the CPU does. With ``fallback="dense"`` such a torch call
+    runs as exact SDPA instead, with one warning per reason.
+    """
+    if (
+        topk is None and cdf is None and theta is None and pv_gap is None and policy is None
+        and window is None and key_lengths is None and keep_keys is None
+        and config is None and calibration is None
+        and layout == "HND"
+        and not (return_lse or return_stats or dropout_p)
+    ):  # fmt: skip
+        # Short calls with the defaults, without the price of everything below.
+        if _is_torch(query) and _torch.is_plain_and_short(
+            query, key, value, attn_mask, is_causal, enable_gqa
+        ):
+            if causal_alignment == "top_left" or query.shape[2] == key.shape[2]:
+                return _torch.sdpa(
+                    query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
+    if fallback not in (None, "dense"):
+        raise ValueError(f"fallback is {fallback!r}, expected None or 'dense'")
+    if calibration is not None:
+        config = _merged(config, calibration)
+    if _is_torch(query):
+        return _torch.attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            topk, cdf, theta, pv_gap, policy, layout, causal_alignment, window, key_lengths,
+            keep_keys, None, return_lse, return_stats, config, fallback,
+        )  # fmt: skip
+    from . import _arrays
+
+    return _arrays.attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        (config or Config()).override(
+            topk=topk, cdf=cdf, theta=theta, pv_gap=pv_gap, policy=policy
+        ),
+        _arrays.Options(
+            dropout_p=dropout_p,
+            causal=causal_alignment if is_causal else None,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            layout=layout,
+            window=window,
+            key_lengths=key_lengths,
+            keep_keys=keep_keys,
+            return_lse=return_lse,
+            return_stats=return_stats,
+        ),
+        None,
+    )
+
+
+def block_sparse_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    block_mask: Union[BlockMask, Any],
+    attn_mask: Optional[Any] = None,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    enable_gqa: bool = False,
+    *,
+    pv_gap: PerHead = None,
+    layout: str = "HND",
+    causal_alignment: str = "top_left",
+    window: Window = None,
+    key_lengths: Union[Any, Sequence[int], None] = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> Any:
+    """Attention over exactly the blocks of ``block_mask`` that the other masks allow.
+
+    ``block_mask``: a :class:`BlockMask`, or a bool array ``[batch|1, heads|1, ceil(q_len / 128),
+    ceil(kv_len / 64)]`` on the tensors' device. A row left without keys is zero, its log-sum-exp
+    −inf. ``pv_gap`` defaults to 6, as everywhere; ``inf`` turns stage 2 off. The other arguments,
+    the results and the errors are those of :func:`attention`.
+    """
+    mask = block_mask.tensor if isinstance(block_mask, BlockMask) else block_mask
+    config = Config(topk=1.0, pv_gap=pv_gap)
+    if _is_torch(query):
+        return _torch.attention(
+            query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa,
+            None, None, None, None, None, layout, causal_alignment, window, key_lengths,
+            None, mask, return_lse, return_stats, config, None,
+        )  # fmt: skip
+    from . import _arrays
+
+    options = _arrays.Options(
+        causal=causal_alignment if is_causal else None,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        layout=layout,
+        window=window,
+        key_lengths=key_lengths,
+        return_lse=return_lse,
+        return_stats=return_stats,
+    )
+    return _arrays.attention(query, key, value, attn_mask, config, options, mask)
+
+
+def predict(
+    query: Any,
+    key: Any,
+    attn_mask: Optional[Any] = None,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    *,
+    topk: PerHead = None,
+    cdf: PerHead = None,
+    theta: PerHead = None,
+    policy: Optional[str] = None,
+    layout: str = "HND",
+    causal_alignment: str = "top_left",
+    window: Window = None,
+    key_lengths: Union[Any, Sequence[int], None] = None,
+    config: Optional[Config] = None,
+    calibration: Optional[Config] = None,
+) -> BlockMask:
+    """Stage 1 alone: the blocks :func:`attention` would compute with the same arguments."""
+    causal = causal_alignment if is_causal else None
+    if calibration is not None:
+        config = _merged(config, calibration)
+    knobs = {"topk": topk, "cdf": cdf, "theta": theta, "policy": policy}
+    if _is_torch(query):
+        return _torch.predict(
+            query, key, config, knobs, layout, scale, causal, window, attn_mask, key_lengths
+        )
+    from . import _arrays
+
+    options = _arrays.Options(
+        causal=causal, scale=scale, layout=layout, window=window, key_lengths=key_lengths
+    )
+    return _arrays.predict(query, key, attn_mask, (config or Config()).override(**knobs), options)
+
+
+def quantize(key: Any, *, layout: str = "HND") -> Quantized:
+    """int8 keys as the operator's ``qk="int8"`` uses them; CPU only. See :class:`Quantized`."""
+    if layout not in ("HND", "NHD"):
+        raise ValueError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
+    if _is_torch(key):
+        return _torch.quantize(key, layout)
+    from . import _arrays
+
+    return _arrays.quantize(key, layout)
+
+
+def _merged(config: Optional[Config], calibration: Any) -> Config:
+    """The calibrated knobs, with those that ``config`` sets over them."""
+    if not isinstance(calibration, Config):
+        raise TypeError(
+            f"calibration is {type(calibration).__name__}; pass one layer's: "
+            "sparge.load_calibration(path).layer(i)"
+        )
+    if config is None:
+        return calibration
+    return calibration.override(**config.given())

@@ -1,0 +1,101 @@
+"""Calibration files: per-layer, per-head settings of a model, as `sparge calibrate` writes them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from ._config import Config
+from ._sparge import SpargeError
+
+FORMAT, VERSION = "sparge-calibration", 1
+
+# A share that adds nothing: every row keeps at least one block anyway.
+_NOTHING = 1e-9
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The settings of every attention layer of a model.
+
+    ``model`` and ``measured`` are the file's own entries: the model's id and shape, and what the
+    settings were measured to do on the calibration data.
+    """
+
+    layers: tuple[Config, ...]
+    model: "dict[str, Any]" = field(default_factory=dict)
+    measured: "dict[str, Any]" = field(default_factory=dict)
+
+    def layer(self, index: int) -> Config:
+        """The settings of layer ``index``, from 0."""
+        if not 0 <= index < len(self.layers):
+            raise SpargeError(
+                f"layer {index} is not in the calibration, which has {len(self.layers)} layers; "
+                "calibrate the same model"
+            )
+        return self.layers[index]
+
+
+def load_calibration(source: Union[str, "dict[str, Any]", Calibration]) -> Calibration:
+    """Reads a calibration file (a path), or takes its parsed JSON."""
+    if isinstance(source, Calibration):
+        return source
+    if isinstance(source, dict):
+        data = source
+    else:
+        with open(source, encoding="utf-8") as file:
+            data = json.load(file)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        got = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise SpargeError(f"the file's format is {got!r}, expected {FORMAT!r}")
+    if data.get("version") != VERSION:
+        raise SpargeError(
+            f"the calibration has version {data.get('version')!r}, and this package reads "
+            f"{VERSION}; calibrate again with this version"
+        )
+    try:
+        shared, layers = _shared(data["settings"]), data["layers"]
+        read = tuple(_layer(layer["heads"], shared) for layer in layers)
+        heads, count = data["model"]["num_qo_heads"], data["model"]["num_layers"]
+        counts = [len(layer["heads"]) for layer in layers]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SpargeError(f"the calibration file is damaged: {error!r}") from error
+    if counts != [heads] * count:
+        raise SpargeError(
+            f"the calibration says {count} layers of {heads} heads and holds heads {counts}"
+        )
+    return Calibration(read, data["model"], data.get("measured", {}))
+
+
+def _shared(settings: "dict[str, Any]") -> Config:
+    pooling = settings["pooling"]
+    second_order = "+2" if pooling["second_order"] else ""
+    sampled = int(pooling.get("sampled_rows", 0))
+    rows = f"+{sampled}rows" if sampled else ""
+    return Config(
+        pooling=f"{int(pooling['q_rows'])}x{int(pooling['kv_rows'])}{second_order}{rows}",
+        keep_first=int(settings["keep_first"]),
+        min_kv_len=int(settings["min_kv_len"]),
+    )
+
+
+def _layer(heads: "list[dict[str, Any]]", shared: Config) -> Config:
+    """A head with neither τ nor a share is dense, which is τ = 1."""
+
+    def of(name: str, head: "dict[str, Any]", absent: float) -> float:
+        value = head.get(name)
+        return absent if value is None else float(value)
+
+    cdf, topk = [], []
+    for head in heads:
+        is_dense = head.get("cdf") is None and head.get("top_k") is None
+        cdf.append(of("cdf", head, 1.0 if is_dense else _NOTHING))
+        topk.append(of("top_k", head, _NOTHING))
+    return shared.override(
+        cdf=tuple(cdf),
+        topk=tuple(topk) if any(x != _NOTHING for x in topk) else None,
+        theta=tuple(of("theta", head, 0.0) for head in heads),
+        pv_gap=tuple(of("lambda", head, math.inf) for head in heads),
+    )

@@ -1,0 +1,363 @@
+"""The operators on CUDA tensors: sparge-cuda on torch's streams, with memory from torch's allocator.
+
+Nothing here waits for the device or copies from the host once a kind of call has been made, so calls
+can be captured in CUDA graphs (run each kind once before capturing: its kernels are compiled then).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Optional
+
+import torch
+
+from . import _sparge
+from ._config import parsed
+from ._ops_shapes import DTYPES, check_dtype, heads_and_lens, mask_shape, out_shape
+from ._sparge import SpargeError
+
+Tensor = torch.Tensor
+
+_calls: "dict[Any, _sparge.CudaCall]" = {}
+
+
+def nvrtc_dirs() -> "list[str]":
+    """Where this torch's own NVRTC is; nothing where the user has said which one to take."""
+    if os.environ.get("SPARGE_NVRTC"):
+        return []
+    site = os.path.dirname(os.path.dirname(torch.__file__))
+    places = [os.path.join(site, "nvidia", p, "lib") for p in ("cu13", "cuda_nvrtc")]
+    places.append(os.path.join(os.path.dirname(torch.__file__), "lib"))
+    return [place for place in places if os.path.isdir(place)]
+
+
+def _raw(tensor: Tensor) -> "tuple[Tensor, _sparge._Raw]":
+    """A tensor the kernels can read (16-byte steps), and its address, sizes and strides."""
+    strides = tensor.stride()
+    size = tensor.element_size()
+    step = 16 // size
+    address = tensor.data_ptr()
+    if strides[3] != 1 or address % 16 or any(s % step for s in strides[:3]):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        strides, address = tensor.stride(), tensor.data_ptr()
+    return tensor, (address, tensor.shape, strides)  # type: ignore[return-value]
+
+
+class _Call:
+    """One call: its kind, its tensors, the current stream of its device."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Optional[Tensor],
+        block_mask: Optional[Tensor],
+        kv_lens: Optional[Tensor],
+        settings: str,
+    ) -> None:
+        self.device = query.device
+        for name, tensor in (
+            ("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask),
+            ("block_mask", block_mask),
+        ):  # fmt: skip
+            # Kernels get addresses: nothing below would notice.
+            if tensor is not None and (tensor.device != self.device or not tensor.is_cuda):
+                raise SpargeError(
+                    f"{name} is on {tensor.device} and query on {self.device}; they must be on one GPU"
+                )
+        lens = None if kv_lens is None else _host_lens(kv_lens)
+        element = None
+        if attn_mask is not None:
+            if attn_mask.ndim != 4:
+                raise SpargeError(f"attn_mask has {attn_mask.ndim} dimensions, expected 4")
+            kind = "bool" if attn_mask.dtype == torch.bool else DTYPES.get(attn_mask.dtype)
+            if kind is None:
+                raise SpargeError(f"attn_mask is {attn_mask.dtype}, expected bool or float32")
+            element = (kind, attn_mask.shape[1] > 1)
+        self.kind = _kind(query, key, value, settings, lens, element, block_mask is not None)
+        self.query, self.q = _raw(query)
+        self.key, self.k = _raw(key)
+        self.value, self.v = _raw(value)
+        self.masks = None
+        self.held: list[Tensor] = []
+        if attn_mask is not None or block_mask is not None:
+            kv_blocks = mask_shape(query, key, settings)[3]
+            self.masks = (
+                self._element(attn_mask, query, key, settings),
+                self._blocks(block_mask, kv_blocks),
+            )
+        self.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        # Freed to the allocator right after the launch: what reuses it runs later on this stream.
+        self.workspace = query.new_empty(self.kind.workspace_bytes, dtype=torch.uint8)
+
+    def _element(
+        self, mask: Optional[Tensor], query: Tensor, key: Tensor, settings: str
+    ) -> "Optional[_sparge._Raw]":
+        if mask is None:
+            return None
+        batch, heads, q_len, kv_len = heads_and_lens(query, key, settings)
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        if not fits or mask.shape[2:] != (q_len, kv_len):
+            raise SpargeError(
+                f"attn_mask has shape {tuple(mask.shape)}, expected "
+                f"[{batch} or 1, {heads} or 1, {q_len}, {kv_len}]"
+            )
+        if mask.stride(3) != 1:
+            mask = mask.contiguous()
+        self.held.append(mask)
+        return mask.data_ptr(), mask.shape, mask.stride()  # type: ignore[return-value]
+
+    def _blocks(self, mask: Optional[Tensor], kv_blocks: int) -> "Optional[_sparge._Raw]":
+        if mask is None:
+            return None
+        batch, heads, q_blocks, words = self.kind.mask_shape
+        fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        if mask.dtype != torch.bool or not fits or mask.shape[2:] != (q_blocks, kv_blocks):
+            raise SpargeError(
+                f"block_mask has shape {tuple(mask.shape)} and type {mask.dtype}, expected bool "
+                f"[{batch} or 1, {heads} or 1, {q_blocks}, {kv_blocks}]"
+            )
+        packed = pack(mask, words)
+        self.held.append(packed)
+        return packed.data_ptr(), packed.shape, packed.stride()  # type: ignore[return-value]
+
+    def run(self, out: Tensor, lse: int, stats: int, keep_keys: str) -> None:
+        """Enqueues the operator, and what `keep_keys` asks for between its two stages."""
+        _, at = _raw(out)
+        tensors = (self.stream, self.q, self.k, self.v)
+        with _on(self.device):
+            if not keep_keys or not self.kind.predicts:
+                self.kind.forward(*tensors, at, lse, stats, self.masks, self.workspace.data_ptr())
+                return
+            words = self.select()
+            words |= _kept_words(self.device, words.shape[3], keep_keys)
+            self.kind.attend(
+                *tensors, at, lse, stats, self.masks, words.data_ptr(), self.workspace.data_ptr()
+            )
+
+    def select(self) -> Tensor:
+        """Enqueues stage 1; the mask's words, int32."""
+        words = self.query.new_empty(self.kind.mask_shape, dtype=torch.int32)
+        with _on(self.device):
+            self.kind.select(
+                self.stream, self.q, self.k, self.v, self.masks, words.data_ptr(),
+                self.workspace.data_ptr(),
+            )  # fmt: skip
+        return words
+
+
+class _on:
+    """Makes a device current where it is not: the launch leaves its context current."""
+
+    def __init__(self, device: torch.device) -> None:
+        is_current = torch._C._cuda_getDevice() == device.index
+        self.guard: Any = None if is_current else torch.cuda.device(device)
+
+    def __enter__(self) -> None:
+        if self.guard is not None:
+            self.guard.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*exception)
+
+
+def _kind(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: str,
+    lens: Optional[tuple[int, ...]],
+    element: Optional[tuple[str, bool]],
+    has_blocks: bool,
+) -> "_sparge.CudaCall":
+    """The prepared call of this kind, kept: making it costs a validation, at first a compilation."""
+    about = (
+        query.device.index, query.dtype, query.shape, key.shape, value.shape, settings, lens,
+        element, has_blocks,
+    )  # fmt: skip
+    kind = _calls.get(about)
+    if kind is None:
+        dtype = check_dtype(query, key, value)
+        if len(_calls) > 1024:
+            _calls.clear()
+        text, precision = _for_cuda(settings)
+        with _on(query.device):
+            kind = _sparge.CudaCall(
+                query.device.index,
+                nvrtc_dirs(),
+                dtype,
+                (tuple(query.shape), tuple(key.shape), tuple(value.shape)),  # type: ignore[arg-type]
+                parsed(text),
+                precision,
+                None if lens is None else list(lens),
+                element,
+                has_blocks,
+            )
+        _calls[about] = kind
+    return kind
+
+
+def _host_lens(kv_lens: Tensor) -> tuple[int, ...]:
+    """The lengths, which decide the shape of the work: on a GPU tensor this waits for the device."""
+    if kv_lens.dtype != torch.int64 or kv_lens.ndim != 1:
+        raise SpargeError(
+            f"kv_lens is {kv_lens.dtype} with {kv_lens.ndim} dimensions, expected int64 with 1"
+        )
+    lens: tuple[int, ...] = tuple(kv_lens.tolist())
+    if any(n < 0 for n in lens):
+        raise SpargeError(f"kv_lens has the negative length {min(lens)}")
+    return lens
+
+
+def _for_cuda(settings: str) -> tuple[str, str]:
+    """The settings and the arithmetic on a GPU. What asks for everything and no stage 2 wants
+    exactness, so it gets 16-bit products."""
+    words = settings.split()
+    if any(word.startswith("isa=") for word in words):
+        raise SpargeError("isa is a setting of the CPU; leave it out on CUDA tensors")
+    if any(word.startswith("policy=") for word in words):
+        raise NotImplementedError(
+            "policies of other methods are not available on the GPU: choose blocks on the CPU "
+            "(sparge.predict) and pass them to sparge.block_sparse_attention"
+        )
+    if "qk=f32" in words:
+        raise NotImplementedError("qk='f32' is not available on the GPU: leave it out, or 'half'")
+    exact = "select=all" in words and "pv_gap=inf" in words
+    precision = "half" if exact or "qk=half" in words else "quantized"
+    words = [word for word in words if not word.startswith("qk=")]
+    if not any(word.startswith("pooling=") for word in words):
+        words.append("pooling=16x16+2")  # the CPU's default without its sampled queries
+    return " ".join(words), precision
+
+
+def pack(mask: Tensor, words: int) -> Tensor:
+    """A bool block mask as 32-bit words, the lowest bit first."""
+    padded = torch.nn.functional.pad(mask, (0, words * 32 - mask.shape[3]))
+    bits = padded.unflatten(3, (words, 32)).to(torch.int64)
+    weights = torch.ones(32, dtype=torch.int64, device=mask.device).cumsum(0) - 1
+    return (bits << weights).sum(-1).to(torch.int32).contiguous()
+
+
+def unpack(words: Tensor, kv_blocks: int) -> Tensor:
+    """32-bit words as a bool block mask."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> shifts) & 1).bool().flatten(3)[..., :kv_blocks]
+
+
+_kept: dict[Any, Tensor] = {}
+
+
+def _kept_words(device: torch.device, words: int, keep_keys: str) -> Tensor:
+    """The words whose set bits are the blocks of ``from:to,…`` tokens, kept on the device."""
+    about = (device.index, words, keep_keys)
+    found = _kept.get(about)
+    if found is None:
+        bits = 0
+        for part in keep_keys.split(","):
+            start, end = (int(x) for x in part.split(":"))
+            first, last = start // 64, min(-(-end // 64), words * 32)
+            bits |= (1 << max(first, last)) - (1 << first)
+        values = [bits >> (32 * i) & 0xFFFFFFFF for i in range(words)]
+        signed = [x - (1 << 32) if x >> 31 else x for x in values]
+        found = _kept[about] = torch.tensor(signed, dtype=torch.int32, device=device)
+    return found
+
+
+def _keep_keys(settings: str) -> str:
+    at = settings.find("keep_keys=")
+    return settings[at + 10 :].split(" ", 1)[0] if at >= 0 else ""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    block_mask: Optional[Tensor],
+    kv_lens: Optional[Tensor],
+    settings: str,
+) -> Tensor:
+    """``sparge::attention`` on CUDA."""
+    call = _Call(query, key, value, attn_mask, block_mask, kv_lens, settings)
+    out = query.new_empty(out_shape(query, value))
+    call.run(out, 0, 0, _keep_keys(settings))
+    return out
+
+
+def attention_full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    block_mask: Optional[Tensor],
+    kv_lens: Optional[Tensor],
+    settings: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sparge::attention_full`` on CUDA."""
+    call = _Call(query, key, value, attn_mask, block_mask, kv_lens, settings)
+    batch, heads, q_len, _ = heads_and_lens(query, key, settings)
+    out = query.new_empty(out_shape(query, value))
+    lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
+    counts = query.new_empty((batch, heads, 4), dtype=torch.int64)
+    call.run(out, lse.data_ptr(), counts.data_ptr(), _keep_keys(settings))
+    return out, lse, counts
+
+
+def predict(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Optional[Tensor],
+    block_mask: Optional[Tensor],
+    kv_lens: Optional[Tensor],
+    settings: str,
+) -> Tensor:
+    """``sparge::predict`` on CUDA."""
+    call = _Call(query, key, key, attn_mask, block_mask, kv_lens, settings)
+    shape = mask_shape(query, key, settings)
+    keep_keys = _keep_keys(settings)
+    if not call.kind.predicts:
+        return _reachable(query, key, attn_mask, block_mask, kv_lens, settings)
+    found = call.select()
+    if keep_keys:
+        found |= _kept_words(query.device, found.shape[3], keep_keys)
+    return unpack(found, shape[3]).contiguous()
+
+
+def _reachable(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Optional[Tensor],
+    block_mask: Optional[Tensor],
+    kv_lens: Optional[Tensor],
+    settings: str,
+) -> Tensor:
+    """The blocks that the masks allow, which is the prediction where nothing is left out. Found on
+    the host, where the same rules are written down; a mask makes it wait for the device."""
+    from ._ops import _extra
+
+    masks = [None if x is None else x.cpu() for x in (attn_mask, block_mask)]
+    if masks[0] is not None and masks[0].dtype != torch.bool:
+        masks[0] = masks[0].float()
+    held, extra = _extra(masks[0], masks[1], kv_lens)
+    found = torch.empty(mask_shape(query, key, settings), dtype=torch.bool)
+    # Nothing is predicted, so every row may be the same one.
+    row = torch.zeros(query.shape[3])
+    extra["mask_out"] = found.data_ptr()
+    about = ("layout=", "scale=", "causal=", "window=", "sink_blocks=")
+    words = [word for word in settings.split() if word.startswith(about)]
+    q, k = ((row.data_ptr(), x.shape, (0, 0, 0, 1)) for x in (query, key))
+    if found.numel():
+        text = " ".join([*words, "select=all"])
+        _sparge.predict(parsed(text), "f32", torch.get_num_threads(), q, k, extra)  # type: ignore[arg-type]
+    del held
+    return found.to(query.device)
+
+
+def quantize(key: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``sparge::quantize`` on CUDA: refused, the kernels keep their own layout."""
+    raise NotImplementedError(
+        "sparge.quantize is not available on CUDA tensors: the kernels' layout is their own; "
+        "call it on key.cpu()"
+    )

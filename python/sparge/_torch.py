@@ -1,0 +1,467 @@
+"""The torch edge: SDPA's semantics, checks, the crossover to SDPA, and the dense fallback."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+
+from . import _ops
+from ._config import DENSE, Config, per_head, settings_text
+from ._mask import BlockMask
+from ._sparge import SpargeError
+from ._types import Quantized, Stats
+
+Tensor = torch.Tensor
+Window = Optional[tuple[Optional[int], Optional[int]]]
+
+# Below these the default is exact, and exact on torch tensors is SDPA itself: what it costs, a call
+# costs. Measured right after other torch work, whose threads still spin then, on inputs that offer
+# nothing to skip (benchmarks/record): the default never takes 5% longer than SDPA from there on.
+AUTO_MIN_LEN = 1024  # causal on the CPU; the threshold of `Selection::Auto`
+CPU_MIN_LEN = 2048  # not causal on the CPU
+CUDA_MIN_LEN = 4096
+AUTO_MIN_QUERIES = 16
+
+# What settings leave open: everything (short calls may run as SDPA); only how to be exact.
+AUTO, EXACT = "auto", "exact"
+
+_texts: dict[Any, tuple[str, str]] = {}
+_warned: set[str] = set()
+
+
+def _settings(
+    kv_len: int,
+    config: Optional[Config],
+    topk: Any,
+    cdf: Any,
+    theta: Any,
+    pv_gap: Any,
+    policy: Optional[str],
+    layout: str,
+    scale: Optional[float],
+    causal: Optional[str],
+    window: Window,
+    keep_keys: Any,
+    is_short: bool,
+) -> tuple[str, str]:
+    """The settings' text, and what they leave open: `AUTO`, `EXACT` or nothing."""
+    config = (config or Config()).override(
+        topk=topk, cdf=cdf, theta=theta, pv_gap=pv_gap, policy=policy
+    )
+    config = config.at(kv_len)
+    if is_short and config.is_default():
+        config = DENSE  # on a GPU its arithmetic as well: the default one is int8
+    text = settings_text(
+        config, layout=layout, scale=scale, causal=causal, window=window, keep_keys=keep_keys
+    )
+    if config.is_default() or config is DENSE:
+        return text, AUTO
+    return text, EXACT if config.policy == "dense" else ""
+
+
+def _kept_settings(
+    config: Optional[Config],
+    kv_len: int,
+    topk: Any,
+    cdf: Any,
+    theta: Any,
+    pv_gap: Any,
+    *more: Any,
+) -> tuple[str, str]:
+    """`_settings`, remembered: building the text costs more than the rest of a call."""
+    if config is None or config.min_kv_len is None:
+        kv_len = 0  # the length changes nothing
+    # As values: an array or a tensor may be another one next time, under the same identity.
+    heads = (
+        per_head("topk", topk), per_head("cdf", cdf), per_head("theta", theta),
+        per_head("pv_gap", pv_gap),
+    )  # fmt: skip
+    knobs = (kv_len, config, *heads, *more)
+    if torch.compiler.is_compiling():
+        return _settings(*knobs)
+    try:
+        found = _texts.get(knobs)
+    except TypeError:  # ranges as lists
+        return _settings(*knobs)
+    if found is None:
+        if len(_texts) > 4096:
+            _texts.clear()
+        found = _texts[knobs] = _settings(*knobs)
+    return found
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    dropout_p: float,
+    is_causal: bool,
+    scale: Optional[float],
+    enable_gqa: bool,
+    topk: Any,
+    cdf: Any,
+    theta: Any,
+    pv_gap: Any,
+    policy: Optional[str],
+    layout: str,
+    causal_alignment: str,
+    window: Window,
+    key_lengths: Union[Tensor, Sequence[int], None],
+    keep_keys: Any,
+    block_mask: Optional[Tensor],
+    return_lse: bool,
+    return_stats: bool,
+    config: Optional[Config],
+    fallback: Optional[str],
+) -> Any:
+    """`sparge.attention` on torch tensors."""
+    causal = causal_alignment if is_causal else None
+    if query.ndim == 3:
+        query, key, value = (x.unsqueeze(1 if layout == "HND" else 2) for x in (query, key, value))
+        one = attention(
+            query, key, value,
+            attn_mask if attn_mask is None or attn_mask.ndim < 3 else attn_mask.unsqueeze(-3),
+            dropout_p, is_causal, scale, enable_gqa, topk, cdf, theta, pv_gap, policy, layout,
+            causal_alignment, window, key_lengths, keep_keys, block_mask, return_lse, return_stats,
+            config, fallback,
+        )  # fmt: skip
+        return _without_heads(one, layout, return_lse)
+    _check_dims(query, key, value)
+    q_len, kv_len = _lens(query, key, layout)
+    # Not asked for tuned calls: compiled graphs guard on lengths that were asked about.
+    is_untuned = (
+        topk is None and cdf is None and theta is None and pv_gap is None
+        and policy in (None, "auto")
+        and (config is None or config.is_default())
+    )  # fmt: skip
+    is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO, is_causal)
+    text, leaves = _kept_settings(
+        config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys,
+        is_short,
+    )  # fmt: skip
+    try:
+        _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
+        _same_device(query, block_mask, "block_mask")
+        query, key, value = _one_batch(query, key, value)
+        if leaves and _is_short(query, q_len, kv_len, leaves, is_causal):
+            extras = return_lse or return_stats or window or keep_keys
+            plain = not extras and block_mask is None and key_lengths is None
+            if plain and (causal != "bottom_right" or q_len == kv_len):
+                # The crossover: below it the default is exact attention, and SDPA is exact.
+                short = (query, key, value)
+                if layout == "NHD":
+                    short = tuple(x.transpose(1, 2) for x in short)  # type: ignore[assignment]
+                out = sdpa(
+                    *short, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
+                return out.transpose(1, 2) if layout == "NHD" else out
+        if attn_mask is not None:
+            attn_mask = _element_mask(attn_mask, q_len, kv_len)
+        lens = None if key_lengths is None else _lengths(key_lengths, query)
+        if not (return_lse or return_stats):
+            return _ops.attention(query, key, value, attn_mask, block_mask, lens, text)
+        out, lse, counts = _ops.attention_full(
+            query, key, value, attn_mask, block_mask, lens, text
+        )
+    except (SpargeError, TypeError, NotImplementedError) as error:
+        if fallback != "dense" or return_lse or return_stats or block_mask is not None:
+            raise
+        _warn(error)
+        options = DenseOptions(scale, enable_gqa, causal, window, layout, key_lengths, dropout_p)
+        return dense(query, key, value, attn_mask, options)
+    return (out,) + ((lse,) if return_lse else ()) + ((Stats(counts),) if return_stats else ())
+
+
+def _without_heads(result: Any, layout: str, has_lse: bool) -> Any:
+    """Drops the one head that stood in for none."""
+    head = 1 if layout == "HND" else 2
+    if isinstance(result, Tensor):
+        return result.squeeze(head)
+    out, *more = result
+    if has_lse:
+        more[0] = more[0].squeeze(1)
+    return (out.squeeze(head), *more)
+
+
+sdpa = F.scaled_dot_product_attention
+
+
+def is_plain_and_short(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    is_causal: bool,
+    enable_gqa: bool,
+) -> bool:
+    """Whether a call with the defaults is one that SDPA serves, and nothing is wrong with it."""
+    return (
+        query.ndim == 4
+        and query.is_cpu
+        and (enable_gqa or query.shape[1] == key.shape[1])
+        and key.shape[2] < (AUTO_MIN_LEN if is_causal else CPU_MIN_LEN)
+        and not (query.requires_grad or key.requires_grad or value.requires_grad)
+        and not (is_causal and attn_mask is not None)
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and (
+            attn_mask is None
+            or attn_mask.dtype in (torch.bool, query.dtype)
+            and attn_mask.is_cpu
+            and not attn_mask.requires_grad
+        )
+    )
+
+
+def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str, is_causal: bool) -> bool:
+    """Whether the call is to be exact, and SDPA is the way to do that."""
+    if query.is_cuda:
+        return leaves == EXACT or kv_len < CUDA_MIN_LEN or q_len < AUTO_MIN_QUERIES
+    if leaves == EXACT:
+        return False
+    return kv_len < (AUTO_MIN_LEN if is_causal else CPU_MIN_LEN) or q_len < AUTO_MIN_QUERIES
+
+
+def _lens(query: Tensor, key: Tensor, layout: str) -> tuple[int, int]:
+    tokens = 2 if layout == "HND" else 1
+    return query.shape[tokens], key.shape[tokens]
+
+
+def _one_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three with the same number of batch entries; 1 broadcasts."""
+    sizes = (query.shape[0], key.shape[0], value.shape[0])
+    batch = max(sizes)
+    if sizes == (batch, batch, batch):
+        return query, key, value
+    if any(n not in (1, batch) for n in sizes):
+        raise SpargeError(
+            f"query, key and value have {sizes[0]}, {sizes[1]} and {sizes[2]} batch entries, "
+            "expected the same number (1 broadcasts)"
+        )
+    query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    return query, key, value
+
+
+def _same_device(query: Tensor, tensor: Optional[Tensor], name: str) -> None:
+    if tensor is not None and tensor.device != query.device:
+        raise SpargeError(
+            f"query is on {query.device} and {name} on {tensor.device}; "
+            "they must be on one device"
+        )
+
+
+def _check_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise SpargeError(
+            f"query, key and value have {query.ndim}, {key.ndim} and {value.ndim} dimensions, "
+            "expected 4 each (or 3: batch, tokens, dim)"
+        )
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    attn_mask: Optional[Tensor],
+    enable_gqa: bool,
+    layout: str,
+) -> None:
+    """Refuses what the operator does not do."""
+    if dropout_p:
+        raise SpargeError(
+            f"dropout_p is {dropout_p}, expected 0: this is inference; call model.eval()"
+        )
+    if (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ) and torch.is_grad_enabled():
+        raise SpargeError(
+            "query, key or value requires gradients, and there is no backward pass; "
+            "run under torch.no_grad() or torch.inference_mode()"
+        )
+    if attn_mask is not None:
+        if is_causal:
+            raise SpargeError(
+                "is_causal cannot be combined with attn_mask: put the diagonal into the mask"
+            )
+        if attn_mask.requires_grad and torch.is_grad_enabled():
+            raise SpargeError(
+                "attn_mask requires gradients, and there is no backward pass; "
+                "run under torch.no_grad() or torch.inference_mode()"
+            )
+        _same_device(query, attn_mask, "attn_mask")
+    if layout != "HND" and layout != "NHD":
+        raise SpargeError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
+    heads = 1 if layout == "HND" else 2
+    if not enable_gqa and query.shape[heads] != key.shape[heads]:
+        raise SpargeError(
+            f"query has {query.shape[heads]} heads and key {key.shape[heads]}; "
+            "pass enable_gqa=True for grouped-query attention"
+        )
+    device = query.device
+    if key.device != device or value.device != device:
+        raise SpargeError(
+            f"query is on {device}, key on {key.device}, value on {value.device}; "
+            "they must be on one device"
+        )
+    if not (query.is_cpu or query.is_cuda or query.is_meta):
+        raise SpargeError(f"the tensors are on {device}, expected the CPU or a CUDA GPU")
+
+
+def _element_mask(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """SDPA's mask as the operator takes it: 4-d, bool or float32, the last two sizes full."""
+    if mask.dtype != torch.bool:
+        if not mask.dtype.is_floating_point:
+            raise SpargeError(f"attn_mask is {mask.dtype}, expected bool or a float type")
+        mask = mask.float()
+    if mask.ndim > 4:
+        raise SpargeError(f"attn_mask has {mask.ndim} dimensions, expected at most 4")
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    if mask.shape[2] != q_len or mask.shape[3] != kv_len:
+        rows, columns = mask.shape[2], mask.shape[3]
+        if rows not in (1, q_len) or columns not in (1, kv_len):
+            raise SpargeError(
+                f"attn_mask is {rows}×{columns}, expected {q_len}×{kv_len} (1 broadcasts)"
+            )
+        mask = mask.expand(-1, -1, q_len, kv_len)
+    return mask
+
+
+def _lengths(lengths: Union[Tensor, Sequence[int]], query: Tensor) -> Tensor:
+    """On the host: they decide the shape of the work. A tensor on a GPU makes the host wait."""
+    device = "meta" if query.is_meta else "cpu"
+    given = torch.as_tensor(lengths)
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
+        raise SpargeError(f"key_lengths is {given.dtype}, expected integers, one per batch entry")
+    return given.to(device, torch.int64)
+
+
+def dense_mask(
+    q_len: int,
+    kv_len: int,
+    causal: Optional[str],
+    window: Window,
+    key_lengths: Optional[Tensor],
+    device: torch.device,
+) -> Optional[Tensor]:
+    """The bool mask that says the same to SDPA, `[batch|1, 1, q_len, kv_len]`."""
+    offset: Union[int, Tensor] = 0
+    if causal == "bottom_right" or (window and causal is None):
+        # The last query stands at the last valid key.
+        valid = kv_len if key_lengths is None else key_lengths[:, None, None, None]
+        offset = valid - q_len
+    rows = torch.arange(q_len, device=device)[:, None] + offset
+    columns = torch.arange(kv_len, device=device)
+    mask: Optional[Tensor] = None
+    parts = [columns <= rows] if causal else []
+    if window:
+        left, right = window
+        if left is not None and left >= 0:
+            parts.append(columns >= rows - left)
+        if right is not None and right >= 0:
+            parts.append(columns <= rows + right)
+    if key_lengths is not None:
+        parts.append(columns < key_lengths[:, None, None, None])
+    for part in parts:
+        mask = part if mask is None else mask & part
+    return None if mask is None else mask.expand(*mask.shape[:-2], q_len, kv_len)
+
+
+@dataclass(frozen=True)
+class DenseOptions:
+    """What exact SDPA must be told."""
+
+    scale: Optional[float] = None
+    enable_gqa: bool = False
+    causal: Optional[str] = None
+    window: Window = None
+    layout: str = "HND"
+    key_lengths: Union[Tensor, Sequence[int], None] = None
+    dropout_p: float = 0.0
+
+
+def _warn(error: Exception) -> None:
+    """Once per reason."""
+    reason = str(error)
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"sparge: dense attention instead: {reason}", stacklevel=4)
+
+
+def dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    options: DenseOptions,
+) -> Tensor:
+    """Exact SDPA for every option of `attention`."""
+    o = options
+    if o.layout == "NHD":
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    is_causal = o.causal == "top_left" or (o.causal is not None and q_len == kv_len)
+    if (o.causal is not None and not is_causal) or o.window or o.key_lengths is not None:
+        lens = None if o.key_lengths is None else _lengths(o.key_lengths, query)
+        lens = None if lens is None else lens.to(query.device)
+        extra = dense_mask(q_len, kv_len, o.causal, o.window, lens, query.device)
+        is_causal = False
+        if attn_mask is None or extra is None:
+            attn_mask = extra if attn_mask is None else attn_mask
+        elif attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask & extra
+        else:
+            attn_mask = attn_mask.masked_fill(~extra, -math.inf)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(query.dtype)
+    out = sdpa(
+        query,
+        key,
+        value,
+        attn_mask,
+        o.dropout_p,
+        is_causal,
+        scale=o.scale,
+        enable_gqa=o.enable_gqa,
+    )
+    return out.transpose(1, 2) if o.layout == "NHD" else out
+
+
+def predict(
+    query: Tensor,
+    key: Tensor,
+    config: Optional[Config],
+    knobs: dict[str, Any],
+    layout: str,
+    scale: Optional[float],
+    causal: Optional[str],
+    window: Window,
+    attn_mask: Optional[Tensor],
+    key_lengths: Any,
+) -> BlockMask:
+    """`sparge.predict` on torch tensors."""
+    _check_dims(query, key, key)
+    _check(query, key, key, 0.0, causal is not None, attn_mask, True, layout)
+    q_len, kv_len = _lens(query, key, layout)
+    text, _ = _settings(
+        kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
+        causal, window, None,
+        _is_short(query, q_len, kv_len, AUTO, causal is not None),
+    )  # fmt: skip
+    query, key, _ = _one_batch(query, key, key)
+    mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)
+    lens = None if key_lengths is None else _lengths(key_lengths, query)
+    return BlockMask(_ops.predict(query, key, mask, None, lens, text), q_len, kv_len)
+
+
+def quantize(key: Tensor, layout: str) -> Quantized:
+    """`sparge.quantize` on torch tensors."""
+    return Quantized(*_ops.quantize(key, layout))

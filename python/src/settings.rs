@@ -1,0 +1,222 @@
+//! What to compute and what to skip, from its text form.
+
+use crate::errors::{SpargeError, refused};
+use pyo3::prelude::*;
+use sparge::policy::Policy;
+use sparge::{
+    Alignment, AttentionOptions, Isa, Layout, PerHead, Pooling, QkPrecision, Selection,
+    SpargeConfig, Window,
+};
+use std::fmt::Display;
+use std::ops::Range;
+use std::str::FromStr;
+
+/// The settings of a call, made from words `key=value` with single spaces between them. As text
+/// they pass through `torch.library` schemas and compiled graphs and stay readable there; Python
+/// keeps the parsed form.
+///
+/// Keys: `layout` HND or NHD; `scale`; `causal` top_left or bottom_right; `window` left,right (`-`
+/// is unbounded); `sink_blocks`; `select` auto or all; `topk`, `cdf`, `theta`, `pv_gap` (one value
+/// or one per query head, commas between them); `pooling` QxK or QxK+2 (with the second-order
+/// term), then maybe +Nrows (sampled queries); `keep_first`; `qk` f32, int8, or half (CUDA alone); `isa`; `keep_keys` from:to,… (tokens whose key blocks
+/// every query attends); `policy` (another method's way to choose, as [`Policy`] reads it).
+#[pyclass(frozen, module = "sparge._sparge")]
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Settings {
+    pub(crate) config: SpargeConfig,
+    pub(crate) layout: Layout,
+    pub(crate) keep_keys: Vec<Range<usize>>,
+    pub(crate) policy: Option<Policy>,
+    /// Both products in 16 bits, which the CPU does not do.
+    is_half: bool,
+    softmax_scale: Option<f64>,
+    causal: Option<Alignment>,
+    window: Option<Window>,
+    sink_blocks: usize,
+}
+
+impl Settings {
+    /// The options of a call with these settings; masks and lengths are the call's own.
+    pub(crate) fn options(&self) -> AttentionOptions<'_> {
+        AttentionOptions {
+            softmax_scale: self.softmax_scale,
+            causal: self.causal,
+            window: self.window,
+            sink_blocks: self.sink_blocks,
+            layout: self.layout,
+            ..AttentionOptions::default()
+        }
+    }
+
+    /// Refuses what the CPU does not do.
+    pub(crate) fn check_for_cpu(&self) -> PyResult<()> {
+        if self.is_half {
+            return Err(bad("qk", "half", "f32 or int8 on the CPU: half is a setting of CUDA"));
+        }
+        Ok(())
+    }
+
+    /// Whether nothing is predicted or quantised below [`Selection::AUTO_MIN_LEN`] keys.
+    pub(crate) fn is_dense(&self) -> bool {
+        self.keep_keys.is_empty()
+            && self.policy.is_none()
+            && self.config.qk == QkPrecision::F32
+            && matches!(self.config.selection, PerHead::All(Selection::Auto | Selection::All))
+    }
+}
+
+#[pymethods]
+impl Settings {
+    #[new]
+    fn parse(text: &str) -> PyResult<Self> {
+        let mut settings = Self::default();
+        let (mut topk, mut cdf, mut select) = (Vec::new(), Vec::new(), Selection::Auto);
+        for word in text.split_ascii_whitespace() {
+            let Some((key, value)) = word.split_once('=') else {
+                return Err(bad("settings", word, "key=value"));
+            };
+            match key {
+                "layout" => settings.layout = layout(value)?,
+                "scale" => settings.softmax_scale = Some(number(key, value)?),
+                "causal" => settings.causal = Some(alignment(value)?),
+                "window" => settings.window = Some(window(value)?),
+                "sink_blocks" => settings.sink_blocks = number(key, value)?,
+                "select" => select = selection(value)?,
+                "topk" => topk = numbers(key, value)?,
+                "cdf" => cdf = numbers(key, value)?,
+                "theta" => settings.config.theta = per_head(numbers(key, value)?),
+                "pv_gap" => settings.config.lambda = per_head(numbers(key, value)?),
+                "pooling" => settings.config.pooling = pooling(value)?,
+                "keep_first" => settings.config.keep_first = number(key, value)?,
+                "qk" if value == "half" => settings.is_half = true,
+                "qk" => settings.config.qk = precision(value)?,
+                "policy" => settings.policy = Some(value.parse().map_err(refused)?),
+                "isa" => settings.config.isa = Some(isa(value)?),
+                "keep_keys" => settings.keep_keys = ranges(value)?,
+                _ => return Err(bad("settings", key, "a key that sparge._sparge.Settings lists")),
+            }
+        }
+        settings.config.selection = budget(&topk, &cdf, select)?;
+        Ok(settings)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("{self:?}")
+    }
+}
+
+fn bad(what: &str, got: impl Display, expected: &str) -> PyErr {
+    SpargeError::new_err(format!("{what} is {got:?}, expected {expected}", got = got.to_string()))
+}
+
+fn number<T: FromStr>(key: &str, value: &str) -> PyResult<T> {
+    value.parse().map_err(|_| bad(key, value, "a number"))
+}
+
+fn numbers(key: &str, value: &str) -> PyResult<Vec<f64>> {
+    value.split(',').map(|x| number(key, x)).collect()
+}
+
+fn per_head(values: Vec<f64>) -> PerHead<f64> {
+    match values[..] {
+        [one] => PerHead::All(one),
+        _ => PerHead::Heads(values),
+    }
+}
+
+/// `topk` and `cdf` of each head; both together are their union.
+fn budget(topk: &[f64], cdf: &[f64], neither: Selection) -> PyResult<PerHead<Selection>> {
+    let heads = topk.len().max(cdf.len());
+    if heads == 0 {
+        return Ok(neither.into());
+    }
+    for (name, values) in [("topk", topk), ("cdf", cdf)] {
+        if values.len() > 1 && values.len() != heads {
+            let expected = format!("{heads} values, as many as the other has");
+            return Err(bad(name, format!("{} values", values.len()), &expected));
+        }
+    }
+    let at = |values: &[f64], head: usize| match values {
+        [] => None,
+        [one] => Some(*one),
+        _ => Some(values[head]),
+    };
+    let of = |head: usize| match (at(topk, head), at(cdf, head)) {
+        (Some(top_k), Some(cdf)) => Selection::Union { cdf, top_k },
+        (Some(top_k), None) => Selection::TopK(top_k),
+        (None, Some(cdf)) => Selection::TopCdf(cdf),
+        (None, None) => neither,
+    };
+    Ok(if heads == 1 { of(0).into() } else { PerHead::Heads((0..heads).map(of).collect()) })
+}
+
+fn layout(value: &str) -> PyResult<Layout> {
+    match value {
+        "HND" => Ok(Layout::Hnd),
+        "NHD" => Ok(Layout::Nhd),
+        _ => Err(bad("layout", value, "HND ([batch, heads, tokens, dim]) or NHD")),
+    }
+}
+
+fn alignment(value: &str) -> PyResult<Alignment> {
+    match value {
+        "top_left" => Ok(Alignment::TopLeft),
+        "bottom_right" => Ok(Alignment::BottomRight),
+        _ => Err(bad("causal_alignment", value, "top_left (SDPA) or bottom_right (KV cache)")),
+    }
+}
+
+fn selection(value: &str) -> PyResult<Selection> {
+    match value {
+        "auto" => Ok(Selection::Auto),
+        "all" => Ok(Selection::All),
+        _ => Err(bad("select", value, "auto or all")),
+    }
+}
+
+fn window(value: &str) -> PyResult<Window> {
+    let side = |x: &str| if x == "-" { Ok(None) } else { number("window", x).map(Some) };
+    let Some((left, right)) = value.split_once(',') else {
+        return Err(bad("window", value, "left,right"));
+    };
+    Ok(Window { left: side(left)?, right: side(right)? })
+}
+
+fn pooling(value: &str) -> PyResult<Pooling> {
+    let (rest, sampled_rows) = match value.strip_suffix("rows").and_then(|x| x.rsplit_once('+')) {
+        Some((rest, rows)) => (rest, number("pooling", rows)?),
+        None => (value, 0),
+    };
+    let (sizes, second_order) = match rest.strip_suffix("+2") {
+        Some(sizes) => (sizes, true),
+        None => (rest, false),
+    };
+    let Some((q, kv)) = sizes.split_once('x') else {
+        let expected = "QxK, for instance 16x16, with +2 for second order, with +Nrows for samples";
+        return Err(bad("pooling", value, expected));
+    };
+    let (q_rows, kv_rows) = (number("pooling", q)?, number("pooling", kv)?);
+    Ok(Pooling { q_rows, kv_rows, second_order, sampled_rows })
+}
+
+fn precision(value: &str) -> PyResult<QkPrecision> {
+    match value {
+        "f32" => Ok(QkPrecision::F32),
+        "int8" => Ok(QkPrecision::Int8),
+        _ => Err(bad("qk", value, "f32, int8, or (on CUDA) half")),
+    }
+}
+
+fn isa(value: &str) -> PyResult<Isa> {
+    let is = |isa: &Isa| format!("{isa:?}").eq_ignore_ascii_case(value);
+    Isa::ALL.into_iter().find(is).ok_or_else(|| bad("isa", value, "scalar, avx2 or avx512"))
+}
+
+fn ranges(value: &str) -> PyResult<Vec<Range<usize>>> {
+    let one = |x: &str| {
+        let (from, to) = x.split_once(':').ok_or_else(|| bad("keep_keys", x, "from:to"))?;
+        let range: Range<usize> = number("keep_keys", from)?..number("keep_keys", to)?;
+        if range.is_empty() { Err(bad("keep_keys", x, "from below to")) } else { Ok(range) }
+    };
+    value.split(',').map(one).collect()
+}

@@ -1,0 +1,363 @@
+"""The same operator on a GPU, and what only a GPU has: streams, graphs, long sequences."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from typing import Any, Optional
+
+import pytest
+import sparge
+import torch
+import torch.nn.functional as F
+from common import exact, expand, qkv, relative_l1
+from sparge import _cuda, _ops
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+]
+
+# Against float64. fp8 (e4m3, 3 bits of mantissa) rounds P and V by 2.6% each in the root mean square;
+# averages of values around zero shrink no faster than the errors do. And 16-bit products.
+QUANTIZED, HALF = 0.04, 0.01
+
+
+def inputs(**options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return qkv(device="cuda", **{"dtype": torch.bfloat16, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128, 80])
+@pytest.mark.parametrize("causal", [None, "top_left", "bottom_right"])
+def test_keep_all_is_exact(dtype: torch.dtype, dim: int, causal: Optional[str]) -> None:
+    q, k, v = inputs(q_len=700, kv_len=900, dim=dim, dtype=dtype, batch=2)
+    options: dict[str, Any] = {"is_causal": causal is not None, "enable_gqa": True}
+    if causal:
+        options["causal_alignment"] = causal
+    want, want_lse = exact(q, k, v, causal=causal)
+    got, lse = sparge.attention(q, k, v, topk=1.0, return_lse=True, **options)
+    assert got.dtype == dtype and relative_l1(got, want) < QUANTIZED
+    assert (lse - want_lse).abs().max() < 0.1
+    config = sparge.Config(topk=1.0, qk="half", pv_gap=math.inf)
+    assert relative_l1(sparge.attention(q, k, v, config=config, **options), want) < HALF
+
+
+@pytest.mark.parametrize("masking", ["bool", "bias", "window", "lengths", "blocks"])
+def test_masks(masking: str) -> None:
+    q, k, v = inputs(q_len=500, kv_len=500, batch=2)
+    call: dict[str, Any] = {"topk": 1.0, "enable_gqa": True}
+    book: dict[str, Any] = {}
+    if masking == "bool":
+        call["attn_mask"] = book["mask"] = torch.rand(1, 4, 500, 500, device="cuda") < 0.7
+    elif masking == "bias":
+        call["attn_mask"] = book["bias"] = torch.randn(2, 1, 1, 500, device="cuda")
+    elif masking == "window":
+        call["window"] = book["window"] = (100, 30)
+    elif masking == "lengths":
+        call["key_lengths"] = [500, 123]
+        lengths = torch.tensor([500, 123], device="cuda")[:, None, None, None]
+        book["mask"] = torch.arange(500, device="cuda") < lengths
+    else:
+        book["blocks"] = torch.rand(1, 4, 4, 8, device="cuda") < 0.6
+        book["blocks"][..., 0] = True
+        got = sparge.block_sparse_attention(q, k, v, book["blocks"], enable_gqa=True)
+    if masking != "blocks":
+        got = sparge.attention(q, k, v, **call)
+    assert relative_l1(got, exact(q, k, v, **book)[0]) < QUANTIZED
+
+
+@pytest.mark.parametrize("pooling", ["block", "sub_block", "second_order"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks_agree_with_the_cpu(pooling: str, is_causal: bool) -> None:
+    q, k, _ = inputs(heads=2, kv_heads=1, q_len=2000)
+    config = sparge.Config(topk=0.3, pooling=pooling)
+    gpu = sparge.predict(q, k, is_causal=is_causal, config=config).tensor.cpu()
+    cpu = sparge.predict(q.cpu(), k.cpu(), is_causal=is_causal, config=config).tensor
+    assert gpu.shape == cpu.shape
+    # Scores are summed in another order and precision: near-ties may fall the other way.
+    assert (gpu != cpu).float().mean() < 0.02
+    if is_causal:
+        everything = sparge.predict(q, k, is_causal=True, topk=1.0).tensor
+        assert not (gpu.to("cuda") & ~everything).any()
+
+
+def test_sparse_is_attention_over_its_blocks_and_stats_count_them() -> None:
+    q, k, v = inputs(q_len=3000)
+    blocks = sparge.predict(q, k, topk=0.3, is_causal=True).tensor
+    got, stats = sparge.attention(
+        q, k, v, topk=0.3, is_causal=True, enable_gqa=True, return_stats=True
+    )
+    want, _ = exact(q, k, v, blocks=blocks, causal="top_left")
+    assert relative_l1(got, want) < QUANTIZED
+    reachable = sparge.predict(q, k, topk=1.0, is_causal=True).tensor
+    skipped = 1 - float((blocks & reachable).sum()) / float(reachable.sum())
+    assert stats.qk_sparsity() == pytest.approx(skipped, abs=1e-6) and skipped > 0.5
+
+
+def test_keep_keys() -> None:
+    q, k, v = inputs(heads=4, kv_heads=4, q_len=1500)
+    config = sparge.Config(topk=0.2, pooling="sub_block")
+    blocks = sparge.predict(q, k, config=config).tensor.clone()
+    blocks[..., 600 // 64 : 11] = True
+    got = sparge.attention(q, k, v, config=config, keep_keys=((600, 700),))
+    assert relative_l1(got, exact(q, k, v, blocks=blocks)[0]) < QUANTIZED
+
+
+def test_packing_round_trip() -> None:
+    mask = torch.rand(2, 3, 5, 77, device="cuda") < 0.5
+    assert torch.equal(_cuda.unpack(_cuda.pack(mask, 4), 77), mask)
+
+
+def test_defaults_at_short_lengths_are_sdpa() -> None:
+    q, k, v = inputs(q_len=600)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.equal(sparge.attention(q, k, v, is_causal=True, enable_gqa=True), want)
+
+
+def test_opcheck_and_compile() -> None:
+    q, k, v = inputs(q_len=1500)
+    for settings in ("layout=HND topk=0.5", "layout=HND causal=bottom_right select=all"):
+        torch.library.opcheck(_ops.attention, (q, k, v, None, None, None, settings))
+        torch.library.opcheck(_ops.attention_full, (q, k, v, None, None, None, settings))
+        torch.library.opcheck(_ops.predict, (q, k, None, None, None, settings))
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return sparge.attention(q * 1.5, k, v, topk=0.5, is_causal=True, enable_gqa=True) + 1
+
+    want = model(q, k, v)
+    for mode in ("default", "reduce-overhead"):  # the second one captures CUDA graphs
+        compiled = torch.compile(model, fullgraph=True, mode=mode)
+        for _ in range(3):
+            got = compiled(q, k, v)
+        assert relative_l1(got, want) < 1e-3
+
+
+def test_cuda_graph_replays_on_new_inputs() -> None:
+    q, k, v = inputs(q_len=5000)
+
+    def call() -> torch.Tensor:
+        return sparge.attention(q, k, v, topk=0.4, is_causal=True, enable_gqa=True)  # type: ignore[no-any-return]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for seed in (1, 2):
+        for to, new in zip((q, k, v), inputs(q_len=5000, seed=seed)):
+            to.copy_(new)
+        graph.replay()
+        assert torch.equal(out, call())
+
+
+def test_streams_and_threads() -> None:
+    """Eight threads on streams of their own, each checking its own inputs' results."""
+    work = [inputs(q_len=2500, seed=seed) for seed in range(8)]
+    want = [sparge.attention(*x, topk=0.5, enable_gqa=True) for x in work]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def run(at: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                got = sparge.attention(*work[at], topk=0.5, enable_gqa=True)
+            stream.synchronize()
+            if not torch.equal(got, want[at]):
+                wrong.append(at)
+
+    threads = [threading.Thread(target=run, args=(at,)) for at in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_device_than_the_current_one() -> None:
+    q, k, v = (x.to("cuda:1") for x in inputs(q_len=1200))
+    got = sparge.attention(q, k, v, topk=0.5, enable_gqa=True)
+    assert got.device.index == 1 and torch.cuda.current_device() == 0
+    assert torch.equal(got.cpu(), sparge.attention(*(x.to("cuda:0") for x in (q, k, v)), topk=0.5,
+                                                   enable_gqa=True).cpu())  # fmt: skip
+
+
+def test_a_call_does_not_wait_for_the_device() -> None:
+    q, k, v = inputs(q_len=1200)
+    sparge.attention(q, k, v, topk=0.5, enable_gqa=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000_000)  # about 0.2 s of busy device
+    begin = time.perf_counter()
+    sparge.attention(q, k, v, topk=0.5, enable_gqa=True)
+    passed = time.perf_counter() - begin
+    assert not torch.cuda.current_stream().query() and passed < 0.05
+    torch.cuda.synchronize()
+
+
+def test_128k_tokens() -> None:
+    q, k, v = inputs(heads=4, kv_heads=1, q_len=131072, dim=128)
+    got, stats = sparge.attention(
+        q, k, v, is_causal=True, topk=0.3, enable_gqa=True, return_stats=True
+    )
+    assert torch.isfinite(got).all() and 0.6 < stats.qk_sparsity() < 0.75
+    # The last rows by the book, over the blocks the prediction gives them.
+    blocks = sparge.predict(q, k, is_causal=True, topk=0.3).tensor[:, :, -1:]
+    keep = expand(blocks, 128, 131072)
+    want, _ = exact(q[:, :, -128:], k, v, mask=keep, causal="bottom_right")
+    assert relative_l1(got[:, :, -128:], want) < QUANTIZED
+
+
+def test_refusals() -> None:
+    q, k, v = inputs(q_len=300)
+    with pytest.raises(sparge.SpargeError, match="one device"):
+        sparge.attention(q, k.cpu(), v, topk=0.5, enable_gqa=True)
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        odd = [x[..., :60] for x in (q, k, v)]
+        sparge.attention(*odd, topk=0.5, enable_gqa=True)
+    with pytest.raises(sparge.SpargeError, match="isa"):
+        config = sparge.Config(topk=0.5, isa="avx2")
+        sparge.attention(q, k, v, config=config, enable_gqa=True)
+    with pytest.raises(NotImplementedError, match="quantize"):
+        sparge.quantize(k)
+
+
+def test_tensors_on_another_device_are_refused() -> None:
+    q, k, v = inputs(q_len=300)
+    mask = torch.ones(300, 300, dtype=torch.bool)
+    blocks = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    with pytest.raises(sparge.SpargeError, match="attn_mask on cpu"):
+        sparge.attention(q, k, v, mask, topk=0.5, enable_gqa=True)
+    with pytest.raises(sparge.SpargeError, match="block_mask on cpu"):
+        sparge.block_sparse_attention(q, k, v, blocks, enable_gqa=True)
+    with pytest.raises(sparge.SpargeError, match="one device"):
+        sparge.predict(q, k.cpu(), topk=0.5)
+    for change in ({"attn_mask": mask[None, None]}, {"block_mask": blocks}, {"key": k.cpu()}):
+        call: dict[str, Any] = {
+            "query": q, "key": k, "value": v, "attn_mask": None, "block_mask": None,
+            "kv_lens": None, "settings": "layout=HND topk=0.5", **change,
+        }  # fmt: skip
+        with pytest.raises(sparge.SpargeError, match="one GPU"):
+            _ops.attention(**call)
+
+
+def test_block_masks_must_fit() -> None:
+    q, k, v = inputs(q_len=300)
+    for wrong in (
+        torch.ones(1, 1, 3, 6, dtype=torch.bool, device="cuda"),
+        torch.ones(1, 1, 3, 5, dtype=torch.uint8, device="cuda"),
+    ):
+        with pytest.raises(sparge.SpargeError, match="block_mask has shape"):
+            sparge.block_sparse_attention(q, k, v, wrong, enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_additive_masks_of_each_type(dtype: torch.dtype) -> None:
+    q, k, v = inputs(q_len=500, batch=2)
+    bias = torch.randn(2, 1, 500, 1, device="cuda", dtype=dtype) * 2
+    bias = bias + torch.randn(1, 1, 1, 500, device="cuda", dtype=dtype)
+    got = sparge.attention(q, k, v, bias, topk=1.0, enable_gqa=True)
+    assert relative_l1(got, exact(q, k, v, bias=bias)[0]) < QUANTIZED
+
+
+@pytest.mark.parametrize("asked", ["lse", "lengths", "window", "bottom_right", "keep_keys", "nhd"])
+def test_the_short_default_is_exact_however_it_is_asked_for(asked: str) -> None:
+    q, k, v = inputs(q_len=600, kv_len=900, batch=2, dtype=torch.float16)
+    call: dict[str, Any] = {"enable_gqa": True}
+    book: dict[str, Any] = {}
+    if asked == "lse":
+        call["return_lse"] = True
+    elif asked == "lengths":
+        call["key_lengths"] = torch.tensor([900, 300], device="cuda")
+        book["mask"] = torch.arange(900, device="cuda") < call["key_lengths"][:, None, None, None]
+    elif asked == "window":
+        call["window"] = book["window"] = (200, 50)
+    elif asked == "bottom_right":
+        call.update(is_causal=True, causal_alignment="bottom_right")
+        book["causal"] = "bottom_right"
+    elif asked == "keep_keys":
+        call["keep_keys"] = ((10, 20),)
+    want, want_lse = exact(q, k, v, **book)
+    if asked == "nhd":
+        got = sparge.attention(*(x.transpose(1, 2) for x in (q, k, v)), layout="NHD", **call)
+        got = got.transpose(1, 2)
+    else:
+        got = sparge.attention(q, k, v, **call)
+    if asked == "lse":
+        got, lse = got
+        assert (lse - want_lse).abs().max() < 0.02
+    assert relative_l1(got, want) < HALF / 2  # int8 is at about 0.02
+    options = {x: call[x] for x in ("is_causal", "causal_alignment", "window", "key_lengths") if x in call}
+    blocks = sparge.predict(q, k, **options).tensor
+    everything = sparge.predict(q, k, topk=1.0, **options).tensor
+    assert torch.equal(blocks, everything)
+
+
+def test_predicting_nothing_still_heeds_masks() -> None:
+    q, k, _ = inputs(q_len=300, batch=2)
+    mask = torch.ones(2, 1, 300, 300, dtype=torch.bool, device="cuda")
+    mask[1, ..., 128:] = False
+    for policy in ("dense", None):
+        got = sparge.predict(q, k, mask, policy=policy).tensor
+        cpu = sparge.predict(q.cpu(), k.cpu(), mask.cpu(), policy=policy).tensor
+        assert got.is_cuda and torch.equal(got.cpu(), cpu) and not got[1, ..., 2:].any()
+    blocks = torch.rand(1, 4, 3, 5, device="cuda") < 0.5
+    got = _ops.predict(q, k, None, blocks, None, "layout=HND select=all pv_gap=inf")
+    assert torch.equal(got, blocks.expand(2, 4, 3, 5))
+    with pytest.raises(sparge.SpargeError, match="batch is 0"):
+        _ops.predict(q[:0], k[:0], None, None, None, "layout=HND select=all")
+
+
+def test_nhd() -> None:
+    q, k, v = inputs(q_len=1500)
+    want = sparge.attention(q, k, v, topk=0.5, is_causal=True, enable_gqa=True)
+    nhd = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    got = sparge.attention(*nhd, layout="NHD", topk=0.5, is_causal=True, enable_gqa=True)
+    assert relative_l1(got.transpose(1, 2), want) < 1e-3
+
+
+def test_compiles_with_masks_and_lengths() -> None:
+    q, k, v = inputs(q_len=700, batch=2)
+    mask = torch.rand(2, 1, 700, 700, device="cuda") < 0.8
+    blocks = torch.rand(1, 4, 6, 11, device="cuda") < 0.7
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        a = sparge.attention(q, k, v, mask, topk=0.5, enable_gqa=True)
+        b = sparge.attention(q, k, v, topk=0.5, enable_gqa=True, key_lengths=[700, 300])
+        c = sparge.block_sparse_attention(q, k, v, blocks, enable_gqa=True)
+        d, lse = sparge.attention(q, k, v, enable_gqa=True, return_lse=True)
+        return a + b + c + d + lse[..., None].to(d.dtype)
+
+    want = model(q, k, v)
+    assert relative_l1(torch.compile(model, fullgraph=True)(q, k, v), want) < 1e-2
+    lengths = torch.tensor([700, 300])
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (q, k, v)]
+        out = _ops.attention(*fakes, None, None, mode.from_tensor(lengths), "layout=HND topk=0.5")
+    assert out.shape == q.shape and out.is_cuda
+
+
+def test_fallback_on_a_gpu() -> None:
+    q, k, v = (x.double() for x in inputs(q_len=200, kv_len=300, batch=2))
+    lengths = [300, 250]
+    with pytest.warns(UserWarning, match="float64"):
+        got = sparge.attention(
+            q, k, v, topk=0.5, enable_gqa=True, is_causal=True, causal_alignment="bottom_right",
+            key_lengths=lengths, fallback="dense",
+        )  # fmt: skip
+    for at, length in enumerate(lengths):
+        want, _ = exact(q[at : at + 1], k[at : at + 1, :, :length], v[at : at + 1, :, :length],
+                        causal="bottom_right")  # fmt: skip
+        assert relative_l1(got[at : at + 1], want) < 1e-6
+
+
+def test_key_lengths_are_checked_as_on_the_cpu() -> None:
+    q, k, v = inputs(q_len=300)
+    for lengths, words in (([2.5], "integers"), ([-1], "negative"), ([301], "301 keys")):
+        with pytest.raises(sparge.SpargeError, match=words):
+            sparge.attention(q, k, v, topk=0.5, enable_gqa=True, key_lengths=lengths)

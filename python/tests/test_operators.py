@@ -1,0 +1,102 @@
+"""`torch.ops.sparge.*`: opcheck, compiled graphs, fake tensors, bad direct calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sparge
+import torch
+from common import qkv
+from sparge import _ops
+
+HND = "layout=HND topk=0.5"
+
+# torch.compile's own deprecations are not ours to fix.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+
+
+def _operands(**options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return qkv(heads=2, kv_heads=1, q_len=200, dim=32, **options)
+
+
+@pytest.mark.parametrize("settings", [HND, "layout=NHD causal=bottom_right select=all"])
+@pytest.mark.parametrize("masks", ["none", "element", "blocks", "lengths"])
+def test_opcheck(settings: str, masks: str) -> None:
+    q, k, v = _operands()
+    if settings.startswith("layout=NHD"):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    element = torch.rand(1, 1, 200, 200) < 0.8 if masks == "element" else None
+    blocks = torch.rand(1, 2, 2, 4) < 0.8 if masks == "blocks" else None
+    lengths = torch.tensor([150]) if masks == "lengths" else None
+    more = (element, blocks, lengths, settings)
+    torch.library.opcheck(_ops.attention, (q, k, v, *more))
+    torch.library.opcheck(_ops.attention_full, (q, k, v, *more))
+    torch.library.opcheck(_ops.predict, (q, k, *more))
+    torch.library.opcheck(_ops.quantize, (k, settings[7:10]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_into_one_graph(dynamic: bool) -> None:
+    config = sparge.Config(cdf=0.9, pooling="sub_block")
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        a = sparge.attention(q, k, v, is_causal=True, enable_gqa=True, topk=0.5)
+        b, lse = sparge.attention(q, k, v, enable_gqa=True, config=config, return_lse=True)
+        c = sparge.attention(q * 2, k, v, enable_gqa=True)  # the default, below and above 1024
+        blocks = sparge.predict(q, k, topk=0.3)
+        d = sparge.block_sparse_attention(q, k, v, blocks, enable_gqa=True)
+        return a + b + c + d + lse[..., None]
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (200, 1100):
+        operands = qkv(heads=2, kv_heads=1, q_len=length, dim=32)
+        assert torch.allclose(compiled(*operands), model(*operands), atol=1e-5)
+
+
+def test_compiles_with_inductor() -> None:
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return sparge.attention(q.sin(), k, v, topk=0.5, enable_gqa=True).cos()
+
+    operands = _operands()
+    got = torch.compile(model, fullgraph=True)(*operands)
+    assert torch.allclose(got, model(*operands), atol=1e-5)
+
+
+def test_meta_tensors_have_shapes() -> None:
+    q, k, v = (x.to("meta") for x in _operands())
+    out, lse = sparge.attention(q, k, v, topk=0.5, enable_gqa=True, return_lse=True)
+    assert out.shape == (1, 2, 200, 32) and lse.shape == (1, 2, 200) and out.is_meta
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query": torch.zeros(1, 2, 200, 33)}, "head_dim"),
+        ({"key": torch.zeros(1, 1, 199, 32)}, "kv_len"),
+        ({"key": torch.zeros(1, 1, 200, 32).half()}, "must be the same"),
+        ({"value": torch.zeros(200, 32)}, "4 each"),
+        ({"query": torch.zeros(1, 2, 0, 32)}, "qo_len is 0"),
+        ({"attn_mask": torch.zeros(1, 1, 200, 200, dtype=torch.float64)}, "float64"),
+        ({"attn_mask": torch.zeros(1, 3, 200, 200)}, "attn_mask has shape"),
+        ({"block_mask": torch.zeros(1, 2, 2, 3, dtype=torch.bool)}, "block_mask has shape"),
+        ({"block_mask": torch.zeros(1, 2, 2, 4)}, "expected bool"),
+        ({"kv_lens": torch.tensor([1, 2])}, "kv_lens"),
+        ({"kv_lens": torch.tensor([-1])}, "negative"),
+        ({"settings": "topk"}, "key=value"),
+        ({"settings": "layout=HND colour=red"}, "colour"),
+        ({"settings": "layout=HND topk=a"}, "number"),
+        ({"settings": "layout=HND pooling=5x5"}, "divisor"),
+        ({"settings": "layout=HND keep_keys=9:3"}, "from below to"),
+    ],
+)
+def test_bad_direct_calls_are_refused(change: dict[str, Any], words: str) -> None:
+    q, k, v = _operands()
+    call: dict[str, Any] = {
+        "query": q, "key": k, "value": v, "attn_mask": None, "block_mask": None, "kv_lens": None,
+        "settings": HND, **change,
+    }  # fmt: skip
+    with pytest.raises(sparge.SpargeError, match=words):
+        _ops.attention(**call)
+    with pytest.raises(sparge.SpargeError, match=words):
+        _ops.attention_full(**call)
