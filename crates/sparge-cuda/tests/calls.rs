@@ -2,7 +2,6 @@
 //! sizes and numbers at the edges. Skipped where there is no GPU (`SPARGE_REQUIRE_GPU=1` makes that a
 //! failure).
 #![expect(unsafe_code, reason = "launches on raw device addresses")]
-#![expect(clippy::print_stdout, reason = "a skip is worth reading")]
 
 mod common;
 
