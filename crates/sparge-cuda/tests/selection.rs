@@ -2,6 +2,7 @@
 //! tile, ragged ends, windows, pooled masks. Skipped where there is no GPU
 //! (`SPARGE_REQUIRE_GPU=1` makes that a failure).
 #![expect(unsafe_code, reason = "launches on raw device addresses")]
+#![expect(clippy::print_stdout, reason = "figures are worth reading")]
 
 mod common;
 
@@ -26,7 +27,7 @@ fn blocks(dims: Dims, rows: usize, dtype: DType, seed: u64) -> Vec<f32> {
             if t % rows == 0 {
                 centre = (0..dims.dim).map(|_| rng.next()).collect();
             }
-            let noise = if t / rows % 2 == 0 { 0.2 } else { 1.6 };
+            let noise = if (t / rows).is_multiple_of(2) { 0.2 } else { 1.6 };
             out.extend(centre.iter().map(|c| rounded(c + noise * rng.next(), dtype)));
         }
     }
