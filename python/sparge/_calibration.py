@@ -71,11 +71,11 @@ def load_calibration(source: Union[str, "dict[str, Any]", Calibration]) -> Calib
 
 def _shared(settings: "dict[str, Any]") -> Config:
     pooling = settings["pooling"]
-    second_order = "+2" if pooling["second_order"] else ""
-    sampled = int(pooling.get("sampled_rows", 0))
-    rows = f"+{sampled}rows" if sampled else ""
+    more = "+var" if pooling["second_order"] else ""
+    rows = int(pooling.get("sampled_rows", 0))
+    more += f"+{rows}rows" if rows else ""
     return Config(
-        pooling=f"{int(pooling['q_rows'])}x{int(pooling['kv_rows'])}{second_order}{rows}",
+        pooling=f"{int(pooling['q_rows'])}x{int(pooling['kv_rows'])}{more}",
         keep_first=int(settings["keep_first"]),
         min_kv_len=int(settings["min_kv_len"]),
     )

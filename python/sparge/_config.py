@@ -15,7 +15,12 @@ PerHead = Union[float, Sequence[float], None]
 AUTO_CDF = 0.99
 
 QK = ("f32", "int8", "half")
-POOLINGS = {"block": "128x64", "sub_block": "16x16", "second_order": "16x16+2", "mixed": "16x16+2+2rows"}
+POOLINGS = {
+    "block": "128x64",
+    "sub_block": "16x16",
+    "second_order": "16x16+var",
+    "mixed": "16x16+var+2rows",
+}
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,9 @@ class Config:
       any length where ``theta``, ``pv_gap`` or ``policy="paper"`` is given.
     * ``theta``: the judge θ in [0, 1): blocks that are not self-similar are kept. 0: off.
     * ``pv_gap``: λ of stage 2, natural-log units, above 0 (``inf``: off). Default 6.
-    * ``pooling``: ``"mixed"`` (default on the CPU: the next one and two sampled queries of each
-      block; not on CUDA), ``"second_order"`` (default on CUDA), ``"sub_block"``, ``"block"`` (the
-      paper's), or ``"QxK"``, rows per mean.
+    * ``pooling``: how blocks are scored: ``"mixed"`` (default on the CPU: 16×16 means with the
+      second-order term, and two sampled queries), ``"second_order"``, ``"sub_block"`` (default on
+      CUDA), ``"block"`` (the paper's), or as the command writes it, ``"QxK+var+Nrows"``.
     * ``keep_first``: key blocks at the start that are always kept. Default 1.
     * ``qk``: the arithmetic of Q·Kᵀ. CPU: ``"f32"`` (default) or ``"int8"``. CUDA: ``"int8"``
       (default; P·V in fp8 where the GPU has it) or ``"half"``, both products in 16 bits.

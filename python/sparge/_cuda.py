@@ -213,7 +213,8 @@ def _host_lens(kv_lens: Tensor) -> tuple[int, ...]:
 
 def _for_cuda(settings: str) -> tuple[str, str]:
     """The settings and the arithmetic on a GPU. What asks for everything and no stage 2 wants
-    exactness, so it gets 16-bit products."""
+    exactness, so it gets 16-bit products. The CPU's default pooling samples queries, which the GPU
+    does not: its own is the one its fast kernels make."""
     words = settings.split()
     if any(word.startswith("isa=") for word in words):
         raise SpargeError("isa is a setting of the CPU; leave it out on CUDA tensors")
@@ -228,7 +229,7 @@ def _for_cuda(settings: str) -> tuple[str, str]:
     precision = "half" if exact or "qk=half" in words else "quantized"
     words = [word for word in words if not word.startswith("qk=")]
     if not any(word.startswith("pooling=") for word in words):
-        words.append("pooling=16x16+2")  # the CPU's default without its sampled queries
+        words.append("pooling=16x16")
     return " ".join(words), precision
 
 

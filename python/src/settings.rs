@@ -17,8 +17,8 @@ use std::str::FromStr;
 ///
 /// Keys: `layout` HND or NHD; `scale`; `causal` top_left or bottom_right; `window` left,right (`-`
 /// is unbounded); `sink_blocks`; `select` auto or all; `topk`, `cdf`, `theta`, `pv_gap` (one value
-/// or one per query head, commas between them); `pooling` QxK or QxK+2 (with the second-order
-/// term), then maybe +Nrows (sampled queries); `keep_first`; `qk` f32, int8, or half (CUDA alone); `isa`; `keep_keys` from:to,… (tokens whose key blocks
+/// or one per query head, commas between them); `pooling` QxK, QxK+var (with the second-order
+/// term), each also with +Nrows (sampled queries); `keep_first`; `qk` f32, int8, or half (CUDA alone); `isa`; `keep_keys` from:to,… (tokens whose key blocks
 /// every query attends); `policy` (another method's way to choose, as [`Policy`] reads it).
 #[pyclass(frozen, module = "sparge._sparge")]
 #[derive(Debug, Clone, Default)]
@@ -182,17 +182,19 @@ fn window(value: &str) -> PyResult<Window> {
     Ok(Window { left: side(left)?, right: side(right)? })
 }
 
+/// The command's words: QxK, QxK+var, each also with +Nrows.
 fn pooling(value: &str) -> PyResult<Pooling> {
-    let (rest, sampled_rows) = match value.strip_suffix("rows").and_then(|x| x.rsplit_once('+')) {
-        Some((rest, rows)) => (rest, number("pooling", rows)?),
-        None => (value, 0),
-    };
-    let (sizes, second_order) = match rest.strip_suffix("+2") {
+    let (pooled, sampled_rows) =
+        match value.strip_suffix("rows").and_then(|rest| rest.rsplit_once('+')) {
+            Some((pooled, rows)) => (pooled, number("pooling", rows)?),
+            None => (value, 0),
+        };
+    let (sizes, second_order) = match pooled.strip_suffix("+var") {
         Some(sizes) => (sizes, true),
-        None => (rest, false),
+        None => (pooled, false),
     };
     let Some((q, kv)) = sizes.split_once('x') else {
-        let expected = "QxK, for instance 16x16, with +2 for second order, with +Nrows for samples";
+        let expected = "QxK, for instance 16x16, with +var for second order, +2rows for samples";
         return Err(bad("pooling", value, expected));
     };
     let (q_rows, kv_rows) = (number("pooling", q)?, number("pooling", kv)?);

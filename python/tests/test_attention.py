@@ -196,6 +196,21 @@ def test_per_head_knobs_and_config() -> None:
     )
 
 
+def test_poolings_have_names() -> None:
+    q, k, _ = qkv(q_len=1300)
+    by_default = sparge.predict(q, k, topk=0.3).tensor
+    found = {}
+    for name, words in (
+        ("mixed", "16x16+var+2rows"), ("second_order", "16x16+var"), ("sub_block", "16x16"),
+        ("block", "128x64"),
+    ):  # fmt: skip
+        found[name] = sparge.predict(q, k, config=sparge.Config(topk=0.3, pooling=name)).tensor
+        same = sparge.predict(q, k, config=sparge.Config(topk=0.3, pooling=words)).tensor
+        assert torch.equal(found[name], same)
+    assert torch.equal(found["mixed"], by_default)
+    assert not torch.equal(found["mixed"], found["block"])
+
+
 def test_thread_count_does_not_change_the_result() -> None:
     q, k, v = qkv(q_len=700)
     want = sparge.attention(q, k, v, topk=0.5, enable_gqa=True)

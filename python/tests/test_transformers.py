@@ -190,6 +190,10 @@ def test_calibration_files_are_checked(tmp_path: Path) -> None:
     calibration = sparge.load_calibration(str(path))
     config = calibration.layer(1)
     assert config.cdf == (0.4, 1.0, 0.4, 1.0) and config.min_kv_len == 256
+    assert config.pooling == "16x16"
+    path.write_text(text.replace('"second_order": false', '"second_order": true, "sampled_rows": 3'))
+    assert sparge.load_calibration(str(path)).layer(0).pooling == "16x16+var+3rows"
+    path.write_text(text)
     with pytest.raises(sparge.SpargeError, match="layer 2"):
         calibration.layer(2)
     q = torch.randn(1, 4, 255, 64)
