@@ -1,9 +1,9 @@
 //! One kind of call, validated once; its verbs choose between the fast path and the general one.
 #![expect(unsafe_code, reason = "device addresses come from the caller")]
 
+use crate::context::Restore;
 use crate::device::{Device, Stream};
 use crate::dtype::DType;
-use crate::context::Restore;
 use crate::error::{Error, Result};
 use crate::general::{Duties, General};
 use crate::hopper::{self, Hopper};
@@ -379,8 +379,7 @@ impl Attention {
 
     fn check_output(&self, output: &Output) -> Result<()> {
         let s = &self.shape;
-        let dims =
-            Dims { batch: s.batch, heads: s.num_qo_heads, len: s.qo_len, dim: s.head_dim_v };
+        let dims = Dims { batch: s.batch, heads: s.num_qo_heads, len: s.qo_len, dim: s.head_dim_v };
         check("o", &output.o, dims, self.dtype)?;
         for (name, address, bytes) in [("lse", output.lse, 4), ("stats", output.stats, 8)] {
             if let Some(address) = address {
@@ -437,8 +436,9 @@ fn check(name: &'static str, tensor: &Tensor, dims: Dims, dtype: DType) -> Resul
 
 fn check_aligned(tensor: &'static str, address: u64, bytes: u64) -> Result<()> {
     if address == 0 || !address.is_multiple_of(bytes) {
-        let problem =
-            format!("its address is {address:#x}, expected one that is a multiple of {bytes} and not 0");
+        let problem = format!(
+            "its address is {address:#x}, expected one that is a multiple of {bytes} and not 0"
+        );
         return Err(Error::Tensor { tensor, problem });
     }
     Ok(())

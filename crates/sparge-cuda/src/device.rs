@@ -6,9 +6,9 @@ use crate::error::{Error, Result, driver};
 use crate::jit::{Compiler, Kernel, packed};
 use crate::launch;
 use crate::spec::{Arch, KernelSpec};
+use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, DriverError};
-use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -240,9 +240,10 @@ impl General {
     /// Whether any head of any sequence selects blocks.
     pub(crate) fn selects(&self) -> bool {
         self.tables.sequences.iter().any(|s| {
-            self.tables.heads.iter().any(|h: &Head| {
-                h.keeps_all == 0 && (h.is_auto == 0 || s.is_short == 0)
-            })
+            self.tables
+                .heads
+                .iter()
+                .any(|h: &Head| h.keeps_all == 0 && (h.is_auto == 0 || s.is_short == 0))
         })
     }
 

@@ -256,7 +256,8 @@ impl KernelSpec {
 
     /// The general path up to the attention kernel.
     fn preparation() -> Vec<Self> {
-        let mut specs = vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count, Self::Intersect];
+        let mut specs =
+            vec![Self::Upload, Self::Reach, Self::PoolMask, Self::Count, Self::Intersect];
         specs.extend([false, true].map(|sub_block| Self::Choose { sub_block }));
         specs.extend([0, 1, 2].map(|which| Self::Cast { which }));
         specs.extend([false, true].map(|per_block| Self::Centres { per_block }));

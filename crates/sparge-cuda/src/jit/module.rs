@@ -35,8 +35,7 @@ impl Kernel {
         // SAFETY: the cubin is a whole ELF image from NVRTC (or the hashed cache).
         let module = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast()) }
             .map_err(driver("loading a kernel"))?;
-        let mut kernel =
-            Self { context: context.clone(), module, function: std::ptr::null_mut() };
+        let mut kernel = Self { context: context.clone(), module, function: std::ptr::null_mut() };
         // SAFETY: the module is loaded and the name NUL-terminated.
         kernel.function = unsafe { result::module::get_function(module, name) }
             .map_err(driver("finding a kernel"))?;
