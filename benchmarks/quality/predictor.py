@@ -25,7 +25,7 @@ DRAWN = {
     "8 sampled rows": ("8 sampled rows", "#66a182"),
     "antidiagonals, stride 8": ("antidiagonals, stride 8", "#8f3f97"),
     "128x64+2rows": ("one mean per block & 2 rows", "#7aa6de"),
-    "16x64+var+2rows": ("16×64 means, second order & 2 rows (default)", "#1f4e9c"),
+    "16x16+2rows": ("16×16 means & 2 rows (default)", "#1f4e9c"),
     ORACLE: ("true masses (oracle)", "#222222"),
 }
 AT = [0.2, 0.3, 0.4, 0.5, 0.6]
@@ -82,7 +82,7 @@ def draw_curves(records: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=72)
 
 
 def draw_scatter(record: dict, path: Path) -> None:
@@ -99,7 +99,7 @@ def draw_scatter(record: dict, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=72)
 
 
 def main() -> None:

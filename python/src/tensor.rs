@@ -101,7 +101,7 @@ impl Raw {
             .ok_or_else(|| refused(sparge::Error::Overflow { tensor: "tensor" }))?;
         let is_empty = dims.batch == 0 || dims.heads == 0 || dims.len == 0 || dims.dim == 0;
         let reach = if is_empty { 0 } else { reach };
-        if reach > 0 && (self.address == 0 || self.address % align_of::<T>() != 0) {
+        if reach > 0 && (self.address == 0 || !self.address.is_multiple_of(align_of::<T>())) {
             let m = format!(
                 "{name} is at address {:#x}, expected a multiple of {}; copy it first",
                 self.address,

@@ -140,7 +140,7 @@ pub(crate) struct SelectionArgs {
     #[arg(long, value_name = "GAP", value_delimiter = ',', allow_negative_numbers = true)]
     pub(crate) lambda: Vec<f64>,
     /// What the prediction looks at: block (the paper's) or QxK, rows of q and of k per mean; +var
-    /// adds the second-order term, +Nrows that many single queries [default: 16x64+var+2rows]
+    /// adds the second-order term, +Nrows that many single queries [default: 16x16+2rows]
     #[arg(long, value_name = "POOLING", value_parser = pooling)]
     pub(crate) pooling: Option<Pooling>,
     /// Blocks of 64 keys at the start that are always kept [default: 1]
@@ -276,7 +276,7 @@ mod tests {
         assert_eq!(pooling("16x16"), Ok(Pooling::SUB_BLOCK));
         assert_eq!(pooling("16x16-2nd"), Ok(Pooling::SECOND_ORDER));
         assert_eq!(pooling("16x16+var"), Ok(Pooling::SECOND_ORDER));
-        assert_eq!(pooling("16x64+var+2rows"), Ok(Pooling::MIXED));
+        assert_eq!(pooling("16x16+2rows"), Ok(Pooling::MIXED));
         assert_eq!(pooling("block+4rows"), Ok(Pooling { sampled_rows: 4, ..Pooling::BLOCK }));
         for p in [Pooling::BLOCK, Pooling::SUB_BLOCK, Pooling::SECOND_ORDER, Pooling::MIXED] {
             assert_eq!(pooling(&pooling_name(p)), Ok(p));

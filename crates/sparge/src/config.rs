@@ -129,9 +129,8 @@ impl Pooling {
     /// 16×16 sub-blocks with the second-order term.
     pub const SECOND_ORDER: Self =
         Self { q_rows: 16, kv_rows: 16, second_order: true, sampled_rows: 0 };
-    /// Means of 16 queries and of whole key blocks with the second-order term, and two sampled
-    /// queries.
-    pub const MIXED: Self = Self { q_rows: 16, kv_rows: 64, second_order: true, sampled_rows: 2 };
+    /// 16×16 sub-blocks and two sampled queries.
+    pub const MIXED: Self = Self { q_rows: 16, kv_rows: 16, second_order: false, sampled_rows: 2 };
 }
 
 impl Default for Pooling {

@@ -43,15 +43,18 @@ impl Call {
     fn views(&self) -> [TensorView<'_, f32>; 3] {
         let s = &self.shape;
         [
-            TensorView::hnd(&self.q, [1, s.num_qo_heads, s.qo_len, s.head_dim]).unwrap(),
-            TensorView::hnd(&self.k, [1, s.num_kv_heads, s.kv_len, s.head_dim]).unwrap(),
-            TensorView::hnd(&self.v, [1, s.num_kv_heads, s.kv_len, s.head_dim_v]).unwrap(),
+            TensorView::hnd(&self.q, [1, s.num_qo_heads, s.qo_len, s.head_dim])
+                .expect("a valid call"),
+            TensorView::hnd(&self.k, [1, s.num_kv_heads, s.kv_len, s.head_dim])
+                .expect("a valid call"),
+            TensorView::hnd(&self.v, [1, s.num_kv_heads, s.kv_len, s.head_dim_v])
+                .expect("a valid call"),
         ]
     }
 
     fn dense(&self) -> Vec<f32> {
         let [q, k, v] = self.views();
-        attention(&q, &k, &v, &self.options, &SpargeConfig::dense()).unwrap().o
+        attention(&q, &k, &v, &self.options, &SpargeConfig::dense()).expect("a valid call").o
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) struct Args {
     /// Tokens of each
     #[arg(long, value_name = "N", default_value_t = 4096)]
     context: usize,
-    /// Granularity of the prediction, as for sparge attend [default: 16x64+var+2rows]
+    /// Granularity of the prediction, as for sparge attend [default: 16x16+2rows]
     #[arg(long, value_name = "POOLING", value_parser = crate::flags::pooling)]
     pooling: Option<Pooling>,
     /// Blocks of 64 keys at the start that are always kept

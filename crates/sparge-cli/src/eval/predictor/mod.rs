@@ -43,9 +43,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "POOLING", value_delimiter = ',', value_parser = flags::pooling,
           default_values = ["block", "128x64+var", "64x64+var", "32x32+var", "16x64+var", "64x16+var",
                             "16x16", "16x16+var", "8x16+var", "16x8+var", "8x8+var", "16x4+var", "64x8+var",
-                            "16x1", "128x64+2rows", "128x64+var+2rows", "64x64+var+2rows", "16x64+var+1rows",
-                            "16x64+var+2rows", "16x64+var+4rows", "16x16+2rows", "16x16+var+2rows",
-                            "16x8+var+2rows"])]
+                            "16x1", "128x64+2rows", "16x64+var+2rows", "16x32+var+2rows", "16x16+2rows",
+                            "16x16+var+1rows", "16x16+var+2rows", "16x16+var+4rows", "16x8+var+2rows"])]
     pooling: Vec<Pooling>,
     /// Values of the judge's θ to try with block and with the default
     #[arg(long, value_name = "COS", value_delimiter = ',', default_values_t = [0.3, 0.6])]
