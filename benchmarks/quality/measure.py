@@ -62,6 +62,11 @@ TABLES: dict[str, list[list[str]]] = {
              "cdf:0.9,pool=block,lambda=inf,local=8"]),
         ppl(["cdf:0.95,local=8", "cdf:0.9,local=8"], "8000"),
     ],
+    "local2": [
+        ppl(["cdf:0.95,local=1", "cdf:0.97,local=2", "cdf:0.98,local=2", "topk:0.5,local=2"]),
+        ppl(["cdf:0.97,local=2", "cdf:0.98,local=2"], "8000"),
+        error(["cdf:0.95", "cdf:0.95,local=1", "cdf:0.95,local=2", "cdf:0.95,local=8"], "4096", 6),
+    ],
     # The same with every head's own settings, made by `sparge tune` on Emma; and on another text.
     "tuned": [ppl(["dense", "default"], "4096", "--calibration", "{calibration}")],
     "wikitext": [

@@ -140,7 +140,8 @@ def report_error(runs: list[dict]) -> tuple[str, str]:
 
 def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
     rows = []
-    for row in (row for run in runs for row in run["output"]["results"]):
+    layers = [r for run in runs for r in run["output"]["results"] if "rel_l1" in r]
+    for row in (r for run in runs for r in run["output"]["results"] if "ppl" in r):
         known = {(r["context"], r["policy"]) for r in rows}
         if (row["context"], row["policy"]) not in known and (name != "policies" or row["context"] == 4096):
             rows.append(row)
@@ -158,7 +159,15 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
     axis.axhline(0, color="black", lw=0.8)
     axis.set_ylabel("perplexity above dense, %")
     picture = save(figure, name)
+    if name == "local":
+        rows.sort(key=lambda r: (r["context"], r["policy"]))
     body = ppl_table(rows)
+    if layers:
+        body += "\nError of a layer at the same settings (every sixth layer):\n\n" + table(
+            ["policy", "Q·Kᵀ skipped", "relative L1", "worst layer"],
+            [[f"`{r['policy']}`", pct(r["qk_sparsity"]), f"{r['rel_l1']:.4f}", f"{r['rel_l1_worst']:.4f}"]
+             for r in layers],
+        )
     if name == "policies":
         body += "\nChange of perplexity at equal measured sparsity (linear between the settings "
         body += "above; – where they do not reach):\n\n"
@@ -356,7 +365,7 @@ RECORDS = {
     "policies": ["perplexity", "local"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
     "length": ["length", "perplexity"],
     # Dense and default at 8000 tokens come from "length".
-    "local": ["local", "length", "perplexity"],
+    "local": ["local", "local2", "length", "perplexity"],
 }
 #: What the paper has on the same question.
 PAPER = {
