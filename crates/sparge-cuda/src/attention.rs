@@ -100,7 +100,7 @@ impl Attention {
         if general.selects() && config.pooling.sampled_rows > 0 {
             return unsupported(
                 "scoring sampled queries (pooling.sampled_rows, part of the CPU's default)",
-                "use sparge_cuda::default_config(), or set config.pooling to Pooling::SECOND_ORDER",
+                "use sparge_cuda::default_config(), or set config.pooling to Pooling::SUB_BLOCK",
             );
         }
         let judges = config.theta.values().iter().any(|&theta| theta > 0.0);

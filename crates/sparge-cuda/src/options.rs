@@ -54,9 +54,9 @@ pub struct CudaOptions {
 /// GPU predicts with unless told otherwise.
 ///
 /// ```
-/// assert_eq!(sparge_cuda::default_config().pooling, sparge::Pooling::SECOND_ORDER);
+/// assert_eq!(sparge_cuda::default_config().pooling, sparge::Pooling::SUB_BLOCK);
 /// ```
 #[must_use]
 pub fn default_config() -> sparge::SpargeConfig {
-    sparge::SpargeConfig { pooling: sparge::Pooling::SECOND_ORDER, ..Default::default() }
+    sparge::SpargeConfig { pooling: sparge::Pooling::SUB_BLOCK, ..Default::default() }
 }
