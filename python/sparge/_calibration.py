@@ -77,6 +77,7 @@ def _shared(settings: "dict[str, Any]") -> Config:
     return Config(
         pooling=f"{int(pooling['q_rows'])}x{int(pooling['kv_rows'])}{more}",
         keep_first=int(settings["keep_first"]),
+        keep_local=int(settings.get("keep_local", 0)),
         min_kv_len=int(settings["min_kv_len"]),
     )
 

@@ -19,7 +19,7 @@ POOLINGS = {
     "block": "128x64",
     "sub_block": "16x16",
     "second_order": "16x16+var",
-    "mixed": "16x16+var+2rows",
+    "mixed": "16x16+2rows",
 }
 
 
@@ -33,10 +33,12 @@ class Config:
       any length where ``theta``, ``pv_gap`` or ``policy="paper"`` is given.
     * ``theta``: the judge θ in [0, 1): blocks that are not self-similar are kept. 0: off.
     * ``pv_gap``: λ of stage 2, natural-log units, above 0 (``inf``: off). Default 6.
-    * ``pooling``: how blocks are scored: ``"mixed"`` (default on the CPU: 16×16 means with the
-      second-order term, and two sampled queries), ``"second_order"``, ``"sub_block"`` (default on
+    * ``pooling``: how blocks are scored: ``"mixed"`` (default on the CPU: 16×16 means and two
+      sampled queries), ``"second_order"``, ``"sub_block"`` (default on
       CUDA), ``"block"`` (the paper's), or as the command writes it, ``"QxK+var+Nrows"``.
     * ``keep_first``: key blocks at the start that are always kept. Default 1.
+    * ``keep_local``: key blocks before the diagonal that are always kept where it is causal. Default
+      2 on the CPU, 0 on CUDA, which has no other.
     * ``qk``: the arithmetic of Q·Kᵀ. CPU: ``"f32"`` (default) or ``"int8"``. CUDA: ``"int8"``
       (default; P·V in fp8 where the GPU has it) or ``"half"``, both products in 16 bits.
     * ``isa``: ``"scalar"``, ``"avx2"``, ``"avx512"``; default the best there is. CPU only.
@@ -57,6 +59,7 @@ class Config:
     pv_gap: PerHead = None
     pooling: Optional[str] = None
     keep_first: Optional[int] = None
+    keep_local: Optional[int] = None
     qk: Optional[str] = None
     isa: Optional[str] = None
     policy: Optional[str] = None
@@ -138,6 +141,11 @@ class Config:
             words.append(f"pooling={POOLINGS.get(pooling, pooling)}")
         if self.keep_first is not None:
             words.append(f"keep_first={int(self.keep_first)}")
+        keep_local = self.keep_local
+        if policy == "paper" and keep_local is None:
+            keep_local = 0
+        if keep_local is not None:
+            words.append(f"keep_local={int(keep_local)}")
         if self.qk is not None:
             words.append(f"qk={self.qk}")
         if self.isa is not None:

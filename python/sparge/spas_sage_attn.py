@@ -101,6 +101,7 @@ def _config(
         theta=_map(_values("simthreshd1", theta), lambda x: min(max(x, 0.0), math.nextafter(1.0, 0.0))),
         pv_gap=_map(_values("pvthreshd", gap), lambda x: x * math.log(2)),
         pooling="block",
+        keep_local=0,
     )
 
 

@@ -18,7 +18,7 @@ use std::str::FromStr;
 /// Keys: `layout` HND or NHD; `scale`; `causal` top_left or bottom_right; `window` left,right (`-`
 /// is unbounded); `sink_blocks`; `select` auto or all; `topk`, `cdf`, `theta`, `pv_gap` (one value
 /// or one per query head, commas between them); `pooling` QxK, QxK+var (with the second-order
-/// term), each also with +Nrows (sampled queries); `keep_first`; `qk` f32, int8, or half (CUDA alone); `isa`; `keep_keys` from:to,… (tokens whose key blocks
+/// term), each also with +Nrows (sampled queries); `keep_first`; `keep_local`; `qk` f32, int8, or half (CUDA alone); `isa`; `keep_keys` from:to,… (tokens whose key blocks
 /// every query attends); `policy` (another method's way to choose, as [`Policy`] reads it).
 #[pyclass(frozen, module = "sparge._sparge")]
 #[derive(Debug, Clone, Default)]
@@ -88,6 +88,7 @@ impl Settings {
                 "pv_gap" => settings.config.lambda = per_head(numbers(key, value)?),
                 "pooling" => settings.config.pooling = pooling(value)?,
                 "keep_first" => settings.config.keep_first = number(key, value)?,
+                "keep_local" => settings.config.keep_local = number(key, value)?,
                 "qk" if value == "half" => settings.is_half = true,
                 "qk" => settings.config.qk = precision(value)?,
                 "policy" => settings.policy = Some(value.parse().map_err(refused)?),

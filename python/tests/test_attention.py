@@ -201,7 +201,7 @@ def test_poolings_have_names() -> None:
     by_default = sparge.predict(q, k, topk=0.3).tensor
     found = {}
     for name, words in (
-        ("mixed", "16x16+var+2rows"), ("second_order", "16x16+var"), ("sub_block", "16x16"),
+        ("mixed", "16x16+2rows"), ("second_order", "16x16+var"), ("sub_block", "16x16"),
         ("block", "128x64"),
     ):  # fmt: skip
         found[name] = sparge.predict(q, k, config=sparge.Config(topk=0.3, pooling=name)).tensor

@@ -50,7 +50,7 @@ pub struct CudaOptions {
     pub block_mask: bool,
 }
 
-/// `SpargeConfig::default()` without the sampled queries that the CPU's prediction adds: what the
+/// `SpargeConfig::default()` without the sampled queries and the local blocks that the CPU adds: what the
 /// GPU predicts with unless told otherwise.
 ///
 /// ```
@@ -58,5 +58,9 @@ pub struct CudaOptions {
 /// ```
 #[must_use]
 pub fn default_config() -> sparge::SpargeConfig {
-    sparge::SpargeConfig { pooling: sparge::Pooling::SUB_BLOCK, ..Default::default() }
+    sparge::SpargeConfig {
+        pooling: sparge::Pooling::SUB_BLOCK,
+        keep_local: 0,
+        ..Default::default()
+    }
 }

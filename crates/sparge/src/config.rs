@@ -175,10 +175,10 @@ pub struct SpargeConfig {
     /// Key blocks at the start of the sequence that are always kept (attention sinks). Default 1.
     pub keep_first: usize,
     /// Key blocks before the diagonal's that are always kept where there is a diagonal (causal
-    /// attention); they count towards the budget. Default 0: the diagonal's own blocks alone. A
-    /// language model's perplexity depends on its nearest tokens more than their share of the
-    /// attention says: 8 with [`Selection::TopCdf`] 0.95 skips more than the default selection at
-    /// the same perplexity (docs/results/local.md).
+    /// attention); they count towards the budget. Default 2: the first rows of a query block would
+    /// otherwise lose the tokens just before them, on which a language model's perplexity depends
+    /// more than their share of the attention says (docs/results/local.md). 0: the diagonal's own
+    /// blocks alone, as in the paper.
     pub keep_local: usize,
     /// Arithmetic of Q·Kᵀ. Default [`QkPrecision::F32`].
     pub qk: QkPrecision,
@@ -194,7 +194,7 @@ impl Default for SpargeConfig {
             lambda: 6.0.into(),
             pooling: Pooling::default(),
             keep_first: 1,
-            keep_local: 0,
+            keep_local: 2,
             qk: QkPrecision::F32,
             isa: None,
         }
@@ -205,7 +205,13 @@ impl SpargeConfig {
     /// Exact dense attention: every reachable block, no stage 2, f32.
     #[must_use]
     pub fn dense() -> Self {
-        Self { selection: Selection::All.into(), lambda: f64::INFINITY.into(), ..Self::default() }
+        Self {
+            selection: Selection::All.into(),
+            lambda: f64::INFINITY.into(),
+            // Nothing is selected here; methods that choose on such a plan force only what they must.
+            keep_local: 0,
+            ..Self::default()
+        }
     }
 
     /// Exactly the blocks `selection` picks with the paper's pooling, stage 2 off: the setting
@@ -216,6 +222,7 @@ impl SpargeConfig {
             selection: selection.into(),
             lambda: f64::INFINITY.into(),
             pooling: Pooling::BLOCK,
+            keep_local: 0,
             ..Self::default()
         }
     }

@@ -138,8 +138,9 @@ fn true_masses_lose_the_least_mass() {
         lambdas: vec![],
     };
     let mut out = call.dense();
-    let tallies =
-        survey(&q, &k, &v, &call.options, &SpargeConfig::default(), &grid, &mut out).unwrap();
+    // Nothing forced but what must be: there is little to choose otherwise.
+    let config = SpargeConfig { keep_local: 0, ..SpargeConfig::default() };
+    let tallies = survey(&q, &k, &v, &call.options, &config, &grid, &mut out).unwrap();
     for tally in &tallies {
         for s in 0..2 {
             let (predicted, exact) = (&tally.cells[s], &tally.cells[2 + s]);
@@ -246,7 +247,12 @@ fn file(heads: Vec<HeadSettings>) -> Calibration {
         },
         data: CalibrationData { source: "noise".into(), samples: 1, tokens: 700, causal: true },
         bounds: Bounds { l1: 0.05, l2: 0.06 },
-        settings: Shared { pooling: Pooling::SECOND_ORDER, keep_first: 1, min_kv_len: 1024 },
+        settings: Shared {
+            pooling: Pooling::SECOND_ORDER,
+            keep_first: 1,
+            keep_local: 2,
+            min_kv_len: 1024,
+        },
         measured: Measured { rel_l1: 0.01, qk_sparsity: 0.25, pv_sparsity: 0.5 },
         layers: vec![LayerSettings { heads }],
     }

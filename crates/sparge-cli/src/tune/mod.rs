@@ -55,6 +55,9 @@ pub(crate) struct Args {
     /// Blocks of 64 keys at the start that are always kept
     #[arg(long, value_name = "N", default_value_t = 1)]
     keep_first: usize,
+    /// Blocks of 64 keys before the diagonal that are always kept
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    keep_local: usize,
     /// Choose a fixed share of the blocks per head (top-k) instead of a share of the mass
     #[arg(long)]
     topk: bool,
@@ -151,13 +154,19 @@ impl Args {
     }
 
     fn shared(&self, min_kv_len: usize) -> Shared {
-        Shared { pooling: self.pooling(), keep_first: self.keep_first, min_kv_len }
+        Shared {
+            pooling: self.pooling(),
+            keep_first: self.keep_first,
+            keep_local: self.keep_local,
+            min_kv_len,
+        }
     }
 
     /// What is not chosen per head.
     fn config(&self, context: &Context) -> SpargeConfig {
         SpargeConfig {
             keep_first: self.keep_first,
+            keep_local: self.keep_local,
             pooling: self.pooling(),
             isa: context.isa,
             ..SpargeConfig::default()

@@ -22,7 +22,7 @@ const MAX_BYTES: usize = 64 << 20;
 ///   "data": { "source": "a text", "samples": 5, "tokens": 4096, "causal": true },
 ///   "bounds": { "l1": 0.05, "l2": 0.06 },
 ///   "settings": { "pooling": { "q_rows": 16, "kv_rows": 16, "second_order": true },
-///                 "keep_first": 1, "min_kv_len": 1024 },
+///                 "keep_first": 1, "keep_local": 2, "min_kv_len": 1024 },
 ///   "measured": { "rel_l1": 0.02, "qk_sparsity": 0.3, "pv_sparsity": 0.4 },
 ///   "layers": [ { "heads": [
 ///     { "cdf": 0.97, "top_k": null, "theta": 0.0, "lambda": 5.0,
@@ -113,6 +113,9 @@ pub struct Shared {
     pub pooling: Pooling,
     /// As in [`SpargeConfig::keep_first`].
     pub keep_first: usize,
+    /// As in [`SpargeConfig::keep_local`]; 0 where the file does not say.
+    #[serde(default)]
+    pub keep_local: usize,
     /// Calls with fewer keys run dense.
     pub min_kv_len: usize,
 }
@@ -340,6 +343,7 @@ impl Calibration {
             lambda: each(heads, |h| h.lambda.unwrap_or(f64::INFINITY)),
             pooling: self.settings.pooling,
             keep_first: self.settings.keep_first,
+            keep_local: self.settings.keep_local,
             ..SpargeConfig::default()
         })
     }

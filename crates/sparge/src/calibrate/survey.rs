@@ -13,7 +13,7 @@ use rayon::prelude::*;
 /// Tallies every setting of `grid` for each query head (batch entries and sequences added up) and
 /// writes the dense output into `out`, in the layout of `options`.
 ///
-/// Instruction set, `keep_first` and masks are those of `options` and `config`; what else `config`
+/// Instruction set, `keep_first`, `keep_local` and masks are those of `options` and `config`; what else `config`
 /// says is replaced by the grid's. Costs a few times dense attention; memory per thread is 2 MiB
 /// per thousand keys (at 64 value dimensions).
 ///
@@ -30,8 +30,12 @@ pub fn survey<T: Element>(
     out: &mut [T],
 ) -> Result<Vec<HeadTally>> {
     let shape = AttentionShape::of(q, k, v)?;
-    let dense =
-        SpargeConfig { keep_first: config.keep_first, isa: config.isa, ..SpargeConfig::dense() };
+    let dense = SpargeConfig {
+        keep_first: config.keep_first,
+        keep_local: config.keep_local,
+        isa: config.isa,
+        ..SpargeConfig::dense()
+    };
     let plan = Plan::new(shape, options, &dense)?;
     let needed = shape.batch * shape.num_qo_heads * shape.qo_len * shape.head_dim_v;
     if out.len() != needed {
