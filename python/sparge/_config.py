@@ -142,7 +142,8 @@ class Config:
         if self.keep_first is not None:
             words.append(f"keep_first={int(self.keep_first)}")
         keep_local = self.keep_local
-        if policy == "paper" and keep_local is None:
+        # The paper, and the methods it compares with, keep none.
+        if keep_local is None and (policy == "paper" or policy not in _OWN_POLICIES):
             keep_local = 0
         if keep_local is not None:
             words.append(f"keep_local={int(keep_local)}")
