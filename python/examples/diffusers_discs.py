@@ -42,7 +42,7 @@ class Model:
             num_attention_heads=3, joint_attention_dim=8, pooled_projection_dim=8,
             axes_dims_rope=(4, 14, 14),
         )  # fmt: skip
-        grid = torch.meshgrid(torch.zeros(1), torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+        grid = torch.meshgrid(torch.arange(1), torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
         self.places = torch.stack(grid, -1).reshape(-1, 3).float()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
