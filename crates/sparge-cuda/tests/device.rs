@@ -1,19 +1,18 @@
 //! Parity with the f64 reference and the CPU's selection, on a GPU. Skipped where there is none
 //! (`SPARGE_REQUIRE_GPU=1` makes that a failure).
 #![expect(unsafe_code, reason = "launches on raw device addresses")]
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "errors and skips are worth reading"
-)]
+#![expect(clippy::print_stdout, reason = "errors are worth reading")]
 
+mod common;
+
+use common::{Gpu, Normal, gpu};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 use sparge::{
     Alignment, AttentionOptions, AttentionShape, BlockMask, Dims, Layout, Plan, Pooling, Selection,
     SpargeConfig, Strides, TensorView, reference,
 };
-use sparge_cuda::{Attention, DType, Device, Environment, Error, Inputs, Output, Stream, Tensor};
+use sparge_cuda::{Attention, DType, Device, Inputs, Output, Stream, Tensor};
 use std::sync::Arc;
 
 /// Shape and options of a case: batch, query heads, key heads, q_len, kv_len, dim.
@@ -42,35 +41,6 @@ const CASES: [Case; 12] = [
     case([1, 2, 2, 1100, 1100, 128], Some(Alignment::BottomRight), Layout::Hnd),
     case([3, 3, 3, 128, 64, 128], None, Layout::Nhd),
 ];
-
-fn gpu() -> Option<(Device, Arc<CudaContext>)> {
-    match Device::new(0, &Environment::from_process()) {
-        Ok(device) => Some((device, CudaContext::new(0).expect("the GPU opened a moment ago"))),
-        Err(
-            error @ (Error::NoDriver
-            | Error::NoDevice { .. }
-            | Error::NoNvrtc { .. }
-            | Error::Gpu { .. }),
-        ) => {
-            assert!(std::env::var_os("SPARGE_REQUIRE_GPU").is_none_or(|v| v != "1"), "{error}");
-            eprintln!("skipped: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
-
-/// Standard normal numbers, reproducible.
-struct Normal(u64);
-impl Normal {
-    fn next(&mut self) -> f32 {
-        let mut uniform = || {
-            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            ((self.0 >> 40) as f32 + 0.5) / (1u64 << 24) as f32
-        };
-        (-2.0 * uniform().ln()).sqrt() * (std::f32::consts::TAU * uniform()).cos()
-    }
-}
 
 /// Smooth along tokens (neighbours correlate), with a channel bias where asked.
 fn smooth(dims: Dims, layout: Layout, seed: u64, bias: f32) -> Vec<bf16> {
@@ -257,7 +227,7 @@ fn check(what: &str, ran: &Ran, expected: &reference::Output, failures: &mut Vec
 
 #[test]
 fn dense_calls_match_the_reference() {
-    let Some((device, context)) = gpu() else { return };
+    let Some(Gpu { device, context }) = gpu() else { return };
     let mut failures = Vec::new();
     for (i, case) in CASES.into_iter().enumerate() {
         let host = Host::new(case, 100 + i as u64);
@@ -278,7 +248,7 @@ fn dense_calls_match_the_reference() {
 
 #[test]
 fn sparse_calls_match_the_cpu_selection_and_the_reference() {
-    let Some((device, context)) = gpu() else { return };
+    let Some(Gpu { device, context }) = gpu() else { return };
     let selections = [
         (Selection::TopK(0.5), Pooling::BLOCK),
         (Selection::TopK(0.3), Pooling::SUB_BLOCK),
@@ -319,7 +289,7 @@ fn sparse_calls_match_the_cpu_selection_and_the_reference() {
 /// What comes after a row must not reach it, beyond the rounding of shared scales.
 #[test]
 fn causal_rows_do_not_see_the_future() {
-    let Some((device, context)) = gpu() else { return };
+    let Some(Gpu { device, context }) = gpu() else { return };
     let case = case([1, 2, 1, 900, 900, 128], Some(Alignment::TopLeft), Layout::Hnd);
     let host = Host::new(case, 7);
     let mut other = host.clone();
@@ -350,7 +320,7 @@ fn causal_rows_do_not_see_the_future() {
 /// the diagonal or the end of the keys cuts, and in whole ones.
 #[test]
 fn what_is_not_finite_reaches_the_rows_that_see_it() {
-    let Some((device, context)) = gpu() else { return };
+    let Some(Gpu { device, context }) = gpu() else { return };
     let config = SpargeConfig::dense();
     for dim in [64, 128] {
         for (causal, len) in
