@@ -169,6 +169,10 @@ def fa3_methods(q, k, v, causal):
     }
 
 
+# Number in capi.rs and name by suffix.
+POOLINGS = {"": (2, ""), "s": (0, " means"), "b": (1, " block")}
+
+
 def bench(name, libs, keeps, args, rows):
     shape = SHAPES[name]
     b, h, hk, n, d, causal = shape
@@ -176,9 +180,9 @@ def bench(name, libs, keeps, args, rows):
     work = 4 * b * h * n * n * d / (2 if causal else 1)
     methods, runs, result = {}, {}, {}
     for tag, lib in libs.items():
-        for keep, pooling in keeps:
-            run = Sparge(lib, q, k, v, causal, int(keep < 1), keep, pooling)
-            label = f"{tag} keep {keep:g}" + (" block" if pooling else "") if keep < 1 else f"{tag} dense"
+        for keep, suffix in keeps:
+            run = Sparge(lib, q, k, v, causal, int(keep < 1), keep, POOLINGS[suffix][0])
+            label = f"{tag} keep {keep:g}" + POOLINGS[suffix][1] if keep < 1 else f"{tag} dense"
             run()
             torch.cuda.synchronize()
             l1, l1m = errors(run.o, q, k, v, causal, run.mask())
@@ -228,7 +232,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lib", action="append", required=True, help="[name=]path of libcapi.so")
     parser.add_argument("--shapes", default="mochi,cogvideox,flux,sd35,llama8k,llama32k,llama128k")
-    parser.add_argument("--keep", default="1,0.5,0.15", help="shares of blocks; suffix b: block pooling")
+    parser.add_argument("--keep", default="1,0.5,0.15", 
+                        help="shares of blocks; suffix b: block pooling, s: 16x16 means alone")
     parser.add_argument("--reps", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cudnn", action="store_true")
@@ -239,7 +244,7 @@ def main():
     for item in args.lib:
         name, _, path = item.rpartition("=")
         libs[name or "sparge"] = load(path)
-    keeps = [(float(x.rstrip("b")), int(x.endswith("b"))) for x in args.keep.split(",")]
+    keeps = [(float(x.rstrip("bs")), x.lstrip("0.123456789")) for x in args.keep.split(",")]
     print(torch.cuda.get_device_name(), torch.__version__)
     rows = []
     for name in args.shapes.split(","):

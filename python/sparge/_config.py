@@ -12,7 +12,7 @@ from ._sparge import SpargeError
 PerHead = Union[float, Sequence[float], None]
 
 # What "auto" selects by, where it selects (`sparge::Selection::AUTO_CDF`).
-AUTO_CDF = 0.99
+AUTO_CDF = 0.98
 
 QK = ("f32", "int8", "half")
 POOLINGS = {
@@ -29,16 +29,16 @@ class Config:
 
     * ``topk``: share of the reachable key blocks each query block attends, in (0, 1].
     * ``cdf``: the paper's τ: blocks of descending predicted mass until it is reached, in (0, 1].
-      With ``topk`` as well, their union. With neither: 0.99 from 1024 keys on, exact below; 0.99 at
+      With ``topk`` as well, their union. With neither: 0.98 from 1024 keys on, exact below; 0.98 at
       any length where ``theta``, ``pv_gap`` or ``policy="paper"`` is given.
     * ``theta``: the judge θ in [0, 1): blocks that are not self-similar are kept. 0: off.
     * ``pv_gap``: λ of stage 2, natural-log units, above 0 (``inf``: off). Default 6.
-    * ``pooling``: how blocks are scored: ``"mixed"`` (default on the CPU: 16×16 means and two
-      sampled queries), ``"second_order"``, ``"sub_block"`` (default on
-      CUDA), ``"block"`` (the paper's), or as the command writes it, ``"QxK+var+Nrows"``.
+    * ``pooling``: how blocks are scored: ``"mixed"`` (default: 16×16 means and two sampled
+      queries), ``"second_order"``, ``"sub_block"``, ``"block"`` (the paper's), or as the command
+      writes it, ``"QxK+var+Nrows"``.
     * ``keep_first``: key blocks at the start that are always kept. Default 1.
-    * ``keep_local``: key blocks before the diagonal that are always kept where it is causal. Default
-      2 on the CPU, 0 on CUDA, which has no other.
+    * ``keep_local``: key blocks before the diagonal that are always kept where it is causal.
+      Default 2.
     * ``qk``: the arithmetic of Q·Kᵀ. CPU: ``"f32"`` (default) or ``"int8"``. CUDA: ``"int8"``
       (default; P·V in fp8 where the GPU has it) or ``"half"``, both products in 16 bits.
     * ``isa``: ``"scalar"``, ``"avx2"``, ``"avx512"``; default the best there is. CPU only.

@@ -213,8 +213,7 @@ def _host_lens(kv_lens: Tensor) -> tuple[int, ...]:
 
 def _for_cuda(settings: str) -> tuple[str, str]:
     """The settings and the arithmetic on a GPU. What asks for everything and no stage 2 wants
-    exactness, so it gets 16-bit products. The CPU's defaults sample queries and keep local blocks,
-    which the GPU does not: its own are what its fast kernels make."""
+    exactness, so it gets 16-bit products."""
     words = settings.split()
     if any(word.startswith("isa=") for word in words):
         raise SpargeError("isa is a setting of the CPU; leave it out on CUDA tensors")
@@ -228,10 +227,6 @@ def _for_cuda(settings: str) -> tuple[str, str]:
     exact = "select=all" in words and "pv_gap=inf" in words
     precision = "half" if exact or "qk=half" in words else "quantized"
     words = [word for word in words if not word.startswith("qk=")]
-    if not any(word.startswith("pooling=") for word in words):
-        words.append("pooling=16x16")
-    if not any(word.startswith("keep_local=") for word in words):
-        words.append("keep_local=0")
     return " ".join(words), precision
 
 

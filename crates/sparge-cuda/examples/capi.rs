@@ -58,8 +58,8 @@ fn make(call: Call) -> Result<Handle, Box<dyn std::error::Error>> {
     let selection = [Selection::All, Selection::TopK(amount), Selection::TopCdf(amount)];
     let config = SpargeConfig {
         selection: selection[call.selection as usize].into(),
-        pooling: [Pooling::SUB_BLOCK, Pooling::BLOCK][call.pooling as usize],
-        ..sparge_cuda::default_config()
+        pooling: [Pooling::SUB_BLOCK, Pooling::BLOCK, Pooling::MIXED][call.pooling as usize],
+        ..SpargeConfig::default()
     };
     let dtype = [DType::F16, DType::Bf16][call.dtype as usize];
     let attention = Attention::new(&device, shape, dtype, &options, &config)?;

@@ -37,9 +37,10 @@ __device__ __forceinline__ u8 kind_of(const Call &a, const Sequence &s, const Vi
     const bool has_diagonal = view.right >= 0;
     const bool frontier = has_diagonal && key_end > view.hi(last);
     const int from = clamp(static_cast<i64>(row) + s.diagonal, s.kv_len);
+    const i64 local = from - static_cast<i64>(a.keep_local) * BLOCK_KV;
     const int to = clamp(static_cast<i64>(last) + s.diagonal + 1, s.kv_len);
     const bool forced =
-        j < a.keep_first || frontier || (has_diagonal && key < to && from < key_end);
+        j < a.keep_first || frontier || (has_diagonal && key < to && local < key_end);
     const i64 at = static_cast<i64>(head / (a.heads / a.kv_heads)) * a.all_kv_blocks + s.kv_block0 + j;
     const bool known = a.k_known[at] && (theta == 0.f || a.k_cosine[at] > theta);
     return REACHABLE | (forced ? FORCED : 0) | (known ? KNOWN : 0) |
@@ -368,8 +369,17 @@ choose(const __grid_constant__ Call a) {
                     scored++;
                 }
                 reachable += (kind[j] & REACHABLE) != 0;
+                forced += (kind[j] & FORCED) != 0;
+                mass[j] = m;
+            }
+            const float *shares = a.shares ? shares_of(a, sequence, head_index, q_block) : nullptr;
+            float sampled = 0.f;
+            for (int j = lane; shares && j < kv_blocks; j += 32)
+                if (kind[j] & SCORED) sampled += shares[j];
+            sampled = warp_sum(sampled);
+            for (int j = lane; j < kv_blocks; j += 32) {
+                const float m = sampled > 0.f ? 0.5f * (mass[j] + shares[j] / sampled) : mass[j];
                 if (kind[j] & FORCED) {
-                    forced++;
                     if (kind[j] & SCORED) forced_mass += m;
                     mass[j] = FORCED_MASS;
                 } else {
@@ -382,7 +392,7 @@ choose(const __grid_constant__ Call a) {
             forced_mass = warp_sum(forced_mass);
             __syncwarp();
             // Where nothing can be told, every reachable block stays: it is written already.
-            if (unknown[b] || (scored > 0 && total == 0.f)) continue;
+            if (unknown[b] || sampled != sampled || (scored > 0 && total == 0.f)) continue;
             choose_blocks(a, head, mass, kv_blocks, reachable, forced, forced_mass,
                           mask_row(a, a.mask, sequence, head_index, q_block));
         }

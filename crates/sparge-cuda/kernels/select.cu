@@ -45,16 +45,17 @@ struct Row {
     int first, last;    // query rows: first, last
     int reachable;      // key blocks before this one
     int scored;         // ... before this one, those whose keys some row sees entirely
-    int diagonal, past; // key blocks on the diagonal: from, to
+    int diagonal, past; // key blocks on the diagonal and `keep_local` before it: from, to
     __device__ __forceinline__ Row(const Args &a, int q_block) {
         first = q_block * BLOCK_Q;
         last = min(a.qo_len, first + BLOCK_Q) - 1;
         const int end = visible_end(a, last);
         reachable = ceil_div(end, BLOCK_KV);
         scored = end == a.kv_len ? reachable : end / BLOCK_KV;
-        const int from = max(0, min(a.kv_len, first + a.diagonal));
-        diagonal = a.causal && from < end ? from / BLOCK_KV : 0;
-        past = a.causal && from < end ? reachable : 0;
+        const i64 from = max(0, min(a.kv_len, first + a.diagonal));
+        const i64 local = from - static_cast<i64>(a.keep_local) * BLOCK_KV;
+        diagonal = local > 0 ? static_cast<int>(local / BLOCK_KV) : 0;
+        past = a.causal && local < end ? reachable : 0;
     }
     __device__ __forceinline__ bool forced(const Args &a, int j) const {
         return j < a.keep_first || j >= scored || (j >= diagonal && j < past);
@@ -285,8 +286,9 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
         float total = 0.f;
         for (int r = 0; r < SUBS_Q; r++) total += weight[block * SUBS_Q + r];
         const float by = total > 0.f ? 1.f / total : 0.f;
-        int forced = 0;
-        float forced_mass = 0.f;
+        const float *shares =
+            a.shares + (static_cast<i64>(pair) * a.q_blocks + q_block) * a.kv_blocks;
+        float sampled = 0.f;
         for (int j = lane; j < row.reachable; j += 32) {
             float m = 0.f;
             bool is_known = j < row.scored;
@@ -297,16 +299,26 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
                 is_known &= x == x;
                 m += ex2(x - norm[at]) * weight[at];
             }
+            mass[j] = is_known ? m * by : UNKNOWN;
+            if (a.shares && is_known) sampled += shares[j];
+        }
+        sampled = warp_sum(sampled);
+        int forced = 0;
+        float forced_mass = 0.f;
+        for (int j = lane; j < row.reachable; j += 32) {
+            float m = mass[j];
+            if (sampled > 0.f && m != UNKNOWN) m = 0.5f * (m + shares[j] / sampled);
             const bool is_forced = row.forced(a, j);
             forced += is_forced;
-            if (is_forced && is_known) forced_mass += m * by;
-            mass[j] = is_forced ? FORCED : is_known ? m * by : UNKNOWN;
+            if (is_forced && m != UNKNOWN) forced_mass += m;
+            mass[j] = is_forced ? FORCED : m;
         }
         forced = __reduce_add_sync(FULL, forced);
         forced_mass = warp_sum(forced_mass);
         __syncwarp();
         choose(a, row, a.budget[head], mass, forced, forced_mass,
-               bad[block] != 0 || a.budget[head].top_k >= 1.f, a.mask + (static_cast<i64>(pair) * a.q_blocks + q_block) * a.mask_words);
+               bad[block] != 0 || sampled != sampled || a.budget[head].top_k >= 1.f,
+               a.mask + (static_cast<i64>(pair) * a.q_blocks + q_block) * a.mask_words);
     }
 }
 

@@ -91,18 +91,6 @@ impl Attention {
         let general = General::new(&plan, dtype, options, config, cuda)?;
         // The fast path attends under one mask: the caller's, too, goes through the selection.
         let predicts = general.selects() || (is_fast && cuda.block_mask);
-        if general.selects() && config.keep_local > 0 && options.causal.is_some() {
-            return unsupported(
-                "keep_local",
-                "set it to 0, or bring the local blocks in a mask to Attention::attend",
-            );
-        }
-        if general.selects() && config.pooling.sampled_rows > 0 {
-            return unsupported(
-                "scoring sampled queries (pooling.sampled_rows, part of the CPU's default)",
-                "use sparge_cuda::default_config(), or set config.pooling to Pooling::SUB_BLOCK",
-            );
-        }
         let judges = config.theta.values().iter().any(|&theta| theta > 0.0);
         let hopper = if is_fast {
             let own = hopper::pool_of(config.pooling).filter(|_| !judges && !cuda.block_mask);
@@ -118,6 +106,7 @@ impl Attention {
                 attends: !is_fast,
                 predicts: predicts && !hopper.as_ref().is_some_and(Hopper::selects),
                 has_mask: predicts,
+                samples: hopper.as_ref().is_some_and(Hopper::selects),
                 intersects: is_fast && cuda.block_mask,
             },
         )?;
@@ -191,7 +180,7 @@ impl Attention {
         // SAFETY: the caller's promise covers every part.
         unsafe {
             // The fast path's own kernels do not read the tables.
-            if self.hopper.is_none() || self.general.duties.predicts || output.stats.is_some() {
+            if self.hopper.is_none() || self.predicts_by_tables() || output.stats.is_some() {
                 self.upload(stream, workspace)?;
             }
             self.start(stream, inputs, workspace)?;
@@ -246,7 +235,7 @@ impl Attention {
         check_aligned("mask", mask, 4)?;
         // SAFETY: the caller's promise.
         unsafe {
-            if self.general.duties.predicts {
+            if self.predicts_by_tables() {
                 self.upload(stream, workspace)?;
             }
             self.choose(stream, inputs, mask, workspace)
@@ -287,6 +276,11 @@ impl Attention {
         }
     }
 
+    /// Whether the prediction takes kernels that read the tables.
+    fn predicts_by_tables(&self) -> bool {
+        self.general.duties.predicts || self.general.kernels.sample.is_some()
+    }
+
     /// The tables that the general path's kernels read, once for all of them.
     unsafe fn upload(&self, stream: Stream, workspace: u64) -> Result<()> {
         // SAFETY: the caller's promise.
@@ -312,11 +306,16 @@ impl Attention {
         mask: u64,
         workspace: u64,
     ) -> Result<()> {
+        let general_at = workspace + self.general_at as u64;
         // SAFETY: the caller's promise.
         unsafe {
             match &self.hopper {
-                Some(hopper) if hopper.selects() => hopper.predict(stream, mask, workspace),
-                _ => self.general.predict(stream, inputs, mask, workspace + self.general_at as u64),
+                Some(hopper) if hopper.selects() => {
+                    self.general.sample(stream, inputs, general_at)?;
+                    let shares = self.general.shares(general_at);
+                    hopper.predict(stream, mask, shares, workspace)
+                }
+                _ => self.general.predict(stream, inputs, mask, general_at),
             }
         }
     }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::jit::Kernel;
 use crate::launch::Call;
 use crate::options::{CudaOptions, Precision};
-use crate::spec::{Arch, KernelSpec, Mma};
+use crate::spec::{Arch, KernelSpec, Mma, SAMPLE_ROWS, sample_pitch};
 use crate::tables::{Head, Tables};
 use crate::tensors::MaskKind;
 use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Plan, Pooling, SpargeConfig};
@@ -32,6 +32,8 @@ pub(crate) struct General {
     pub(crate) mma: Mma,
     /// Thread blocks of `choose`.
     pub(crate) choosers: usize,
+    /// Thread blocks of `sample`.
+    pub(crate) samplers: usize,
 }
 
 /// What this path does in a call.
@@ -41,6 +43,8 @@ pub(crate) struct Duties {
     pub(crate) predicts: bool,
     /// The workspace holds a mask, whoever writes it.
     pub(crate) has_mask: bool,
+    /// It samples queries for the fast path's selection.
+    pub(crate) samples: bool,
     /// It intersects masks for the fast path.
     pub(crate) intersects: bool,
 }
@@ -55,6 +59,7 @@ pub(crate) struct Kernels {
     pub(crate) pool_mask: Option<Arc<Kernel>>,
     pub(crate) pool: Option<Arc<Kernel>>,
     pub(crate) judge: Option<Judge>,
+    pub(crate) sample: Option<Arc<Kernel>>,
     pub(crate) choose: Option<Arc<Kernel>>,
     pub(crate) casts: Option<[Arc<Kernel>; 3]>,
     pub(crate) int8: Option<Int8>,
@@ -102,6 +107,7 @@ pub(crate) struct Layout {
     pub(crate) q_cosine: usize,
     pub(crate) k_cosine: usize,
     pub(crate) scratch: usize,
+    pub(crate) shares: usize,
     pub(crate) q8: usize,
     pub(crate) q_scale: usize,
     pub(crate) q_shift: usize,
@@ -160,6 +166,7 @@ impl General {
             right: if options.causal.is_some() { 0 } else { band(window.right) },
             sink: limit(options.sink_blocks.saturating_mul(BLOCK_KV)),
             keep_first: limit(config.keep_first.max(options.sink_blocks)),
+            keep_local: limit(config.keep_local),
             element_kind: match mask.map(|mask| mask.kind) {
                 None => 0,
                 Some(MaskKind::Bool) => 1,
@@ -173,6 +180,8 @@ impl General {
             kv_rows: pooling.kv_rows as i32,
             second_order: i32::from(pooling.second_order),
             width: width.next_multiple_of(16) as i32,
+            sampled_rows: pooling.sampled_rows as i32,
+            sample_pitch: sample_pitch(shape.head_dim, dtype) as i32,
             q_len_tensor: shape.qo_len as i32,
             kv_len_tensor: shape.kv_len as i32,
             batch: shape.batch as i32,
@@ -194,6 +203,7 @@ impl General {
             duties: Duties::default(),
             mma: Mma::Half,
             choosers: 0,
+            samplers: 0,
         };
         general.check_sizes()?;
         Ok(general)
@@ -249,6 +259,12 @@ impl General {
             let sub_block = (self.pooling.q_rows, self.pooling.kv_rows) == (16, 16);
             k.choose = Some(load(KernelSpec::Choose { sub_block })?);
         }
+        let samples =
+            (duties.predicts || duties.samples) && self.selects() && self.pooling.sampled_rows > 0;
+        let k = &mut self.kernels;
+        if samples {
+            k.sample = Some(load(KernelSpec::Sample { dtype, has_mask: has_element_mask })?);
+        }
         if selects {
             k.pool = Some(load(KernelSpec::PoolRows { dtype })?);
             if has_element_mask {
@@ -296,6 +312,10 @@ impl General {
         let chunks = self.tables.longest[0].div_ceil(chunk);
         let items = self.tables.sequences.len() * self.shape.num_qo_heads * chunks;
         self.choosers = items.min(2 * device.multiprocessors());
+        let chunk = (SAMPLE_ROWS / self.pooling.sampled_rows.max(1)).max(1);
+        let chunks = self.tables.longest[0].div_ceil(chunk);
+        let items = self.tables.sequences.len() * self.shape.num_qo_heads * chunks;
+        self.samplers = items.min(2 * device.multiprocessors());
         self.layout = Layout::new(&self, selects)?;
         Ok(self)
     }
@@ -343,6 +363,11 @@ impl Layout {
         let element_heads = call.element_heads as usize;
         let (judges, int8) = (g.kernels.judge.is_some(), g.kernels.int8.is_some());
         let (fp8, casts) = (g.kernels.fp8.is_some(), g.kernels.casts.is_some());
+        let samples = g.kernels.sample.is_some();
+        // `sample` is done with it when `choose` begins.
+        let sampling = if samples { g.samplers * SAMPLE_ROWS * t.longest[1] } else { 0 };
+        let choosing = if g.duties.predicts { g.choosers * g.scratch() } else { 0 };
+        let scratch = sampling.max(choosing);
         let mut at = 0usize;
         let mut overflow = false;
         let mut take = |wanted: bool, sizes: &[usize]| {
@@ -374,7 +399,8 @@ impl Layout {
             k_centre: take(judges, &[kv, s.head_dim, 4]),
             q_cosine: take(judges, &[q, 4]),
             k_cosine: take(judges, &[kv, 4]),
-            scratch: take(g.duties.predicts, &[g.choosers, g.scratch(), 4]),
+            scratch: take(g.duties.predicts || samples, &[scratch, 4]),
+            shares: take(samples, &[sequences * heads, t.longest[0], t.longest[1], 4]),
             q8: take(int8, &[q, BLOCK_Q, padded]),
             q_scale: take(int8, &[q, BLOCK_Q, 4]),
             q_shift: take(int8, &[q, BLOCK_Q, 4]),

@@ -143,7 +143,8 @@ impl Hopper {
 
 /// What the fast path's own selection pools for this config; `None` where it cannot select.
 pub(crate) fn pool_of(pooling: Pooling) -> Option<Pool> {
-    match pooling {
+    // Sampled queries come beside either.
+    match (Pooling { sampled_rows: 0, ..pooling }) {
         Pooling::SUB_BLOCK => Some(Pool::SubBlock),
         Pooling::BLOCK => Some(Pool::Block),
         _ => None,
@@ -183,6 +184,7 @@ fn arguments(
             Some(Alignment::TopLeft) | None => 0,
         },
         keep_first: i32::try_from(config.keep_first.max(options.sink_blocks)).unwrap_or(i32::MAX),
+        keep_local: i32::try_from(config.keep_local).unwrap_or(i32::MAX),
         scale_log2: (scale * std::f64::consts::LOG2_E) as f32,
         ..Args::default()
     };

@@ -12,8 +12,7 @@
 //!
 //! Compute capability 8.x, 9.0, 10.x and 12.x; f16, bf16 and f32; head dimensions that are multiples
 //! of 8 up to 256; every option of `sparge::AttentionOptions` and `sparge::SpargeConfig`, masks in
-//! device memory, apart from sampled queries and `keep_local`, which are refused by name
-//! ([`default_config`] has neither). On an H100 or H200 the common calls take a fast path ([`Path`] says which). How a
+//! device memory. On an H100 or H200 the common calls take a fast path ([`Path`] says which). How a
 //! call is computed, and what becomes of numbers that are not finite, is [`Precision`]'s to say.
 //! Stage 2 (λ) is permission to skip; the fast path does not use it, so that a call's outputs may
 //! differ between the paths by what the skipped products are worth (e^−λ) and its statistics by
@@ -40,6 +39,6 @@ pub use dtype::DType;
 pub use env::Environment;
 pub use error::{Error, Result};
 pub use jit::{Compiled, Compiler};
-pub use options::{CudaOptions, Path, Precision, default_config};
+pub use options::{CudaOptions, Path, Precision};
 pub use spec::{Arch, KernelSpec, Mma, Pool};
 pub use tensors::{DeviceBlockMask, ElementMask, Inputs, MaskKind, Output, Tensor};

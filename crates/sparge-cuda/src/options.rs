@@ -49,18 +49,3 @@ pub struct CudaOptions {
     /// Whether calls bring `Inputs::block_mask`. Default no.
     pub block_mask: bool,
 }
-
-/// `SpargeConfig::default()` without the sampled queries and the local blocks that the CPU adds: what the
-/// GPU predicts with unless told otherwise.
-///
-/// ```
-/// assert_eq!(sparge_cuda::default_config().pooling, sparge::Pooling::SUB_BLOCK);
-/// ```
-#[must_use]
-pub fn default_config() -> sparge::SpargeConfig {
-    sparge::SpargeConfig {
-        pooling: sparge::Pooling::SUB_BLOCK,
-        keep_local: 0,
-        ..Default::default()
-    }
-}

@@ -167,6 +167,13 @@ pub enum KernelSpec {
     Count,
     /// A mask and the caller's block mask, for the fast path.
     Intersect,
+    /// Shares of the key blocks in the attention of sampled queries, for either path's selection.
+    Sample {
+        /// Element type.
+        dtype: DType,
+        /// With an element mask.
+        has_mask: bool,
+    },
     /// Selection.
     Choose {
         /// Made for 16×16 pooling; else for any.
@@ -270,6 +277,7 @@ impl KernelSpec {
                 Self::Judge { dtype },
             ]);
             specs.extend([false, true].map(|clean| Self::Sums { dtype, clean }));
+            specs.extend([false, true].map(|has_mask| Self::Sample { dtype, has_mask }));
         }
         specs
     }
@@ -326,6 +334,9 @@ impl KernelSpec {
             Self::PoolMask => "sparge::pool_mask<0>".into(),
             Self::Count => "sparge::count<0>".into(),
             Self::Intersect => "sparge::intersect<0>".into(),
+            Self::Sample { dtype, has_mask } => {
+                format!("sparge::sample<{}, {has_mask}>", dtype.cuda_name())
+            }
             Self::Choose { sub_block: false } => "sparge::choose<0, 0>".into(),
             Self::Choose { sub_block: true } => "sparge::choose<16, 16>".into(),
             Self::AttendMma { dim, dtype, mma } => {
@@ -353,6 +364,7 @@ impl KernelSpec {
             | Self::PoolMask
             | Self::Count
             | Self::Intersect => source!("pool.cu"),
+            Self::Sample { .. } => source!("sample.cu"),
             Self::Choose { .. } => source!("choose.cu"),
             Self::AttendMma { .. } => source!("attend_mma.cu"),
         }
@@ -363,6 +375,7 @@ impl KernelSpec {
         match *self {
             // 32 pooled queries of two 256-wide features and padding.
             Self::Choose { .. } => 32 * (512 + 16) * 4,
+            Self::Sample { dtype, .. } => SAMPLE_ROWS * sample_pitch(256, dtype),
             // Tiles of q, k and v, key scales, places of bad values: `Attend::BYTES`.
             Self::AttendMma { dim, mma, .. } => {
                 let pitch = |row: usize| if row.is_multiple_of(128) { row } else { row + 16 };
@@ -376,6 +389,16 @@ impl KernelSpec {
             _ => 0,
         }
     }
+}
+
+/// Sampled queries that a thread block of `sample` scores together.
+pub(crate) const SAMPLE_ROWS: usize = 32;
+
+/// Bytes from one of them to the next in shared memory: an odd multiple of 64, so that eight rows'
+/// equal chunks fall into different banks.
+pub(crate) fn sample_pitch(dim: usize, dtype: DType) -> usize {
+    let row = (dim * dtype.bytes()).next_multiple_of(64);
+    if row.is_multiple_of(128) { row + 64 } else { row }
 }
 
 /// What an H100 has for a thread block, less `select`'s own kilobyte.

@@ -255,6 +255,8 @@ fn sparse_calls_match_the_cpu_selection_and_the_reference() {
         (Selection::TopCdf(0.9), Pooling::SUB_BLOCK),
         (Selection::TopCdf(0.6), Pooling::BLOCK),
         (Selection::Union { cdf: 0.5, top_k: 0.25 }, Pooling::SUB_BLOCK),
+        (Selection::TopCdf(0.8), Pooling::MIXED),
+        (Selection::TopK(0.4), Pooling { sampled_rows: 7, ..Pooling::BLOCK }),
     ];
     let mut failures = Vec::new();
     for (i, case) in CASES.into_iter().enumerate() {
@@ -264,7 +266,7 @@ fn sparse_calls_match_the_cpu_selection_and_the_reference() {
                 selection: selection.into(),
                 pooling,
                 lambda: f64::INFINITY.into(),
-                ..sparge_cuda::default_config()
+                ..SpargeConfig::default()
             };
             let what = format!("{case:?} {selection:?} {pooling:?}");
             let plan = Plan::new(host.shape, &host.options(), &config).expect("valid");

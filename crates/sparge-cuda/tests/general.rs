@@ -154,6 +154,7 @@ fn sparse_calls_match_the_reference() {
     let mut failures = Vec::new();
     let (mut rows, mut close) = (0, 0);
     let odd = Pooling { q_rows: 32, kv_rows: 8, second_order: true, sampled_rows: 0 };
+    let sampled = Pooling { sampled_rows: 40, ..Pooling::BLOCK };
     let fine = Pooling { q_rows: 1, kv_rows: 64, second_order: false, sampled_rows: 0 };
     let coarse = Pooling { q_rows: 128, kv_rows: 1, second_order: false, sampled_rows: 0 };
     let settings = [
@@ -164,6 +165,8 @@ fn sparse_calls_match_the_reference() {
         (Selection::TopK(0.4), fine, 0.0),
         (Selection::TopCdf(0.7), coarse, 0.5),
         (Selection::Auto, Pooling::SECOND_ORDER, 0.2),
+        (Selection::TopCdf(0.8), Pooling::MIXED, 0.0),
+        (Selection::TopK(0.3), sampled, 0.3),
     ];
     for (i, mut p) in problems().into_iter().enumerate() {
         for (n, (selection, pooling, theta)) in settings.into_iter().enumerate() {
@@ -172,7 +175,7 @@ fn sparse_calls_match_the_reference() {
                 pooling,
                 theta: theta.into(),
                 lambda: f64::INFINITY.into(),
-                ..sparge_cuda::default_config()
+                ..SpargeConfig::default()
             };
             p.cuda = if (i + n) % 3 == 0 { QUANTIZED } else { HALF };
             let ran = p.run(&gpu);
@@ -226,7 +229,7 @@ fn heads_have_their_own_settings_and_statistics() {
         ]),
         theta: sparge::PerHead::Heads(vec![0.0, 0.0, 0.4, 0.0]),
         lambda: sparge::PerHead::Heads(vec![6.0, 2.0, f64::INFINITY, 3.0]),
-        ..sparge_cuda::default_config()
+        ..SpargeConfig::default()
     };
     p.cuda = HALF;
     let ran = p.run(&gpu);
@@ -282,7 +285,7 @@ fn causal_rows_do_not_see_the_future() {
     let mut p = Problem::new("causal", [1, 2, 1, len, len, dim, dim], DType::Bf16);
     (p.causal, p.cuda) = (Some(Alignment::TopLeft), HALF);
     for (config, until) in
-        [(SpargeConfig::dense(), from), (sparge_cuda::default_config(), from / 128 * 128)]
+        [(SpargeConfig::dense(), from), (SpargeConfig::default(), from / 128 * 128)]
     {
         p.config = config;
         let a = p.run(&gpu);

@@ -42,7 +42,7 @@ fn long_calls_are_right() {
     let n = 131072;
     let mut p = Problem::new("128K", [1, 2, 1, n, n, 64, 64], DType::Bf16);
     p.causal = Some(Alignment::BottomRight);
-    p.config = SpargeConfig { lambda: f64::INFINITY.into(), ..sparge_cuda::default_config() };
+    p.config = SpargeConfig { lambda: f64::INFINITY.into(), ..SpargeConfig::default() };
     for (path, precision) in PATHS {
         p.cuda = CudaOptions { path, precision, ..Default::default() };
         let start = std::time::Instant::now();
@@ -124,7 +124,7 @@ fn busy_problems() -> Vec<Problem> {
             let mut p = Problem::new("busy", [1, 4, 2, 1500, 1500, dim, dim], DType::Bf16);
             p.cuda = CudaOptions { path, precision, ..Default::default() };
             p.causal = Some(Alignment::BottomRight);
-            p.config = sparge_cuda::default_config();
+            p.config = SpargeConfig::default();
             all.push(p.clone());
             p.config = SpargeConfig::paper(Selection::TopK(0.4));
             all.push(p.clone());
@@ -199,9 +199,9 @@ fn the_default_configuration_is_fast() {
         allowed.set(0, 0, at / 33, at % 33);
     }
     let cases = [
-        (None, None, sparge_cuda::default_config()),
-        (Some(Alignment::BottomRight), None, sparge_cuda::default_config()),
-        (None, Some(&allowed), sparge_cuda::default_config()),
+        (None, None, SpargeConfig::default()),
+        (Some(Alignment::BottomRight), None, SpargeConfig::default()),
+        (None, Some(&allowed), SpargeConfig::default()),
         (None, Some(&allowed), SpargeConfig::dense()),
     ];
     for (causal, allowed, config) in cases {
@@ -270,7 +270,7 @@ fn timings() {
         let mut p = Problem::new(name, [batch, 1, 1, q_len, kv_len, dim, dim_v], DType::Bf16);
         (p.shape.num_qo_heads, p.shape.num_kv_heads) = (heads, kv_heads);
         (p.q, p.k, p.v) = (p.q.repeat(heads), p.k.repeat(kv_heads), p.v.repeat(kv_heads));
-        (p.causal, p.config) = (causal, sparge_cuda::default_config());
+        (p.causal, p.config) = (causal, SpargeConfig::default());
         for (path, precision) in PATHS {
             p.cuda = CudaOptions { path, precision, ..Default::default() };
             let b = Buffers::new(&p, &gpu);

@@ -49,7 +49,9 @@ fn settings(selection: Selection, pooling: Pooling, theta: f64) -> SpargeConfig 
         pooling,
         theta: theta.into(),
         lambda: f64::INFINITY.into(),
-        ..sparge_cuda::default_config()
+        // Short calls would have nothing left to drop.
+        keep_local: 0,
+        ..SpargeConfig::default()
     }
 }
 
@@ -114,6 +116,66 @@ fn pooled_keys_finer_than_a_tile_are_all_written() {
             p.config = settings(Selection::TopCdf(0.7), pooling, 0.0);
             (p.window, p.sink_blocks, p.causal) = (window, sink_blocks, causal);
             run(&gpu, &p, if what == "ragged" { 0.5 } else { 0.1 }, &mut failures);
+        }
+    }
+    report(&failures);
+}
+
+/// Sampled queries in every number of passes and items, also past ragged ends, in windows, under masks;
+/// and the local blocks, on and beside the diagonal.
+#[test]
+fn sampled_queries_and_local_blocks() {
+    let Some(gpu) = gpu() else { return };
+    let mut failures = Vec::new();
+    for (sampled_rows, keep_local) in [(1, 0), (2, 1), (5, 0), (33, 3), (128, usize::MAX)] {
+        let pooling = Pooling { sampled_rows, ..Pooling::BLOCK };
+        for (i, (what, window, sink_blocks, causal)) in [
+            ("ragged", None, 0, None),
+            ("sinks", Some(Window { left: Some(700), right: None }), 1, None),
+            ("window", Some(Window { left: Some(500), right: Some(90) }), 0, None),
+            ("bottom right", None, 0, Some(Alignment::BottomRight)),
+            ("top left", None, 0, Some(Alignment::TopLeft)),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let dtype = [DType::F16, DType::Bf16, DType::F32][i % 3];
+            let mut p = Problem::new(what, [2, 2, 1, 1500, 1333, 72, 64], dtype);
+            p.name = format!("{what}, {sampled_rows} samples, {keep_local} local blocks");
+            (p.window, p.sink_blocks, p.causal) = (window, sink_blocks, causal);
+            p.cuda = GENERAL;
+            p.config = settings(Selection::TopCdf(0.5), pooling, 0.0);
+            p.config.keep_local = keep_local;
+            let is_all = keep_local == usize::MAX && (causal.is_some() || what == "window");
+            run(&gpu, &p, if is_all { 0.0 } else { 0.2 }, &mut failures);
+            p.element = Some(bias(
+                Dims { batch: 1, heads: 2, len: 1500, dim: 1333 },
+                DType::F32,
+                |at, i, j| if (i + at) % 3 == j % 5 { f32::NEG_INFINITY } else { (j % 7) as f32 },
+            ));
+            run(&gpu, &p, if is_all { 0.0 } else { 0.2 }, &mut failures);
+        }
+    }
+    report(&failures);
+}
+
+/// A sampled query that is not finite says nothing about its block: all of it stays, no other block's.
+#[test]
+fn samples_that_are_not_numbers_keep_their_block() {
+    let Some(gpu) = gpu() else { return };
+    let mut failures = Vec::new();
+    for path in [Path::General, Path::Auto] {
+        let mut p = coherent("bad sample", [1, 1, 1, 1000, 1000, 64, 64]);
+        p.cuda = CudaOptions { path, ..CudaOptions::default() };
+        // The second of two samples of block 1 is query 128 + 96.
+        p.q[(128 + 96) * 64 + 3] = f32::NAN;
+        let pooling = Pooling { sampled_rows: 2, ..Pooling::SUB_BLOCK };
+        p.config = settings(Selection::TopK(0.2), pooling, 0.0);
+        let ran = p.run(&gpu);
+        let mask = ran.mask.as_ref().expect("predicts");
+        let kept: Vec<usize> = (0..8).map(|row| row_of(mask, row).len()).collect();
+        if kept[1] != 16 || kept.iter().enumerate().any(|(row, &n)| row != 1 && n > 4) {
+            failures.push(format!("{path:?}: {kept:?}"));
         }
     }
     report(&failures);

@@ -92,7 +92,7 @@ impl Selection {
     }
 
     /// τ of [`Selection::Auto`].
-    pub const AUTO_CDF: f64 = 0.99;
+    pub const AUTO_CDF: f64 = 0.98;
     /// Keys that the rows of a sequence must reach (a window narrows it) for [`Selection::Auto`] to
     /// predict; below, it is exact (stage 2 too is off there).
     pub const AUTO_MIN_LEN: usize = 1024;

@@ -54,7 +54,9 @@ struct Call {
     double *k_sums;          // [kv_heads, all kv blocks, dim]
     float *k_centre;         // the same shape: what the judge takes off
     float *q_cosine, *k_cosine;  // [heads, all blocks]
-    float *scratch;          // [thread blocks of choose, rows, kv_blocks]
+    float *scratch;          // [thread blocks of choose, rows, kv_blocks]; of sample, before it
+    float *shares;           // [sequences, heads, q_blocks, kv_blocks]: of the attention of the
+                             // sampled queries, summed; null: none are sampled
     i8 *q8;                  // [heads, all q blocks, 128, padded dim]
     float *q_scale, *q_shift;    // [heads, all q blocks, 128], log2 units
     i8 *k8;                  // [kv_heads, all kv blocks, 64, padded dim]
@@ -68,14 +70,16 @@ struct Call {
     i32 all_q_blocks, all_kv_blocks;  // of all sequences
     i32 q_blocks, kv_blocks, mask_words;  // of the longest
     i32 left, right;         // window, -1: none
-    i32 sink, keep_first;    // keys, blocks
+    i32 sink, keep_first, keep_local;  // keys, blocks, blocks
     i32 element_kind, element_heads;
     i32 q_rows, kv_rows, second_order, width;
+    i32 sampled_rows, sample_pitch;  // of a query block; bytes of one in shared memory
+    i32 unused;
     i32 q_len_tensor, kv_len_tensor, batch;
     i32 o_kind, counts_products;
     float scale_log2, square_scale;
 };
-static_assert(sizeof(Call) == 496, "Call");
+static_assert(sizeof(Call) == 520, "Call");
 
 enum Coverage { EMPTY_TILE, PARTIAL_TILE, FULL_TILE };
 
@@ -174,6 +178,12 @@ __device__ __forceinline__ u32 *mask_row(const Call &a, u32 *mask, int sequence,
                                          int q_block) {
     return mask + ((static_cast<i64>(sequence) * a.heads + head) * a.q_blocks + q_block) *
                       a.mask_words;
+}
+
+/// A query block's shares of the key blocks in its sampled queries' attention.
+__device__ __forceinline__ float *shares_of(const Call &a, int sequence, int head, int q_block) {
+    return a.shares + ((static_cast<i64>(sequence) * a.heads + head) * a.q_blocks + q_block) *
+                          a.kv_blocks;
 }
 
 __device__ __forceinline__ bool has_bit(const u32 *words, int j) {

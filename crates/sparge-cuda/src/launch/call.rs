@@ -36,6 +36,7 @@ pub(crate) struct Call {
     pub(crate) q_cosine: u64,
     pub(crate) k_cosine: u64,
     pub(crate) scratch: u64,
+    pub(crate) shares: u64,
     pub(crate) q8: u64,
     pub(crate) q_scale: u64,
     pub(crate) q_shift: u64,
@@ -60,12 +61,16 @@ pub(crate) struct Call {
     pub(crate) right: i32,
     pub(crate) sink: i32,
     pub(crate) keep_first: i32,
+    pub(crate) keep_local: i32,
     pub(crate) element_kind: i32,
     pub(crate) element_heads: i32,
     pub(crate) q_rows: i32,
     pub(crate) kv_rows: i32,
     pub(crate) second_order: i32,
     pub(crate) width: i32,
+    pub(crate) sampled_rows: i32,
+    pub(crate) sample_pitch: i32,
+    pub(crate) unused: i32,
     pub(crate) q_len_tensor: i32,
     pub(crate) kv_len_tensor: i32,
     pub(crate) batch: i32,
@@ -76,9 +81,9 @@ pub(crate) struct Call {
 }
 
 // The size is asserted in call.cuh too.
-const _: () = assert!(size_of::<Call>() == 496);
+const _: () = assert!(size_of::<Call>() == 520);
 const _: () = assert!(offset_of!(Call, mask) == 200);
-const _: () = assert!(offset_of!(Call, n_sequences) == 384);
+const _: () = assert!(offset_of!(Call, n_sequences) == 392);
 
 /// `Masks` of kernels/pool.cu.
 #[repr(C)]

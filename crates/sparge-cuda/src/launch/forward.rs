@@ -50,8 +50,8 @@ impl Hopper {
         }
     }
 
-    /// Chooses blocks and writes the mask (`Attention::mask_shape`) to `mask`. Needs
-    /// `quantize` before it on the same workspace. Does nothing where the config
+    /// Chooses blocks and writes the mask (`Attention::mask_shape`) to `mask`; `shares`: those of
+    /// sampled queries, 0 for none. Needs `quantize` before it on the same workspace. Does nothing where the config
     /// selects everything.
     ///
     /// # Safety
@@ -59,10 +59,16 @@ impl Hopper {
     ///
     /// # Errors
     /// As `Attention::forward`.
-    pub(crate) unsafe fn predict(&self, stream: Stream, mask: u64, workspace: u64) -> Result<()> {
+    pub(crate) unsafe fn predict(
+        &self,
+        stream: Stream,
+        mask: u64,
+        shares: u64,
+        workspace: u64,
+    ) -> Result<()> {
         let Some((kernel, rows, shared)) = &self.kernels.select else { return Ok(()) };
         let mut args = self.arguments(workspace);
-        args.mask = mask;
+        (args.mask, args.shares) = (mask, shares);
         let tiles = (args.q_blocks as usize * self.pooled_per_block()).div_ceil(*rows);
         let heads = self.shape.batch * self.shape.num_qo_heads;
         // SAFETY: the grid and the shared memory match the kernel's contract.

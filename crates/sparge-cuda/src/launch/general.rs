@@ -6,7 +6,7 @@ use super::{Call, Strides, enqueue, part};
 use crate::device::Stream;
 use crate::error::{Result, driver};
 use crate::general::General;
-use crate::spec::Mma;
+use crate::spec::{Mma, SAMPLE_ROWS};
 use crate::tensors::{Inputs, Output};
 use cudarc::driver::result;
 use sparge::{Dims, Layout};
@@ -90,6 +90,7 @@ impl General {
                 enqueue(&judge.centres, [grid, 1], THREADS, 0, stream, &mut call)?;
                 enqueue(&judge.judge, [blocks, 1], THREADS, 0, stream, &mut call)?;
             }
+            self.sample(stream, inputs, at)?;
             if let Some(kernel) = &k.choose {
                 let pitch = call.width + if call.width % 32 == 0 { 16 } else { 0 };
                 let shared = 32 * pitch as usize * 4;
@@ -97,6 +98,28 @@ impl General {
             }
         }
         Ok(())
+    }
+
+    /// Scores sampled queries, where there are any, for the selection that follows.
+    ///
+    /// # Safety
+    /// As `Attention::forward`.
+    ///
+    /// # Errors
+    /// As `Attention::forward`.
+    pub(crate) unsafe fn sample(&self, stream: Stream, inputs: &Inputs, at: u64) -> Result<()> {
+        let Some(kernel) = &self.kernels.sample else { return Ok(()) };
+        let mut call = self.call(inputs, at);
+        let shared = SAMPLE_ROWS * call.sample_pitch as usize;
+        // SAFETY: as in `quantize`.
+        unsafe {
+            enqueue(kernel, [self.samplers as u32, 1], THREADS, shared, stream, &mut call)
+        }
+    }
+
+    /// Where `sample` leaves shares; 0: nowhere.
+    pub(crate) fn shares(&self, at: u64) -> u64 {
+        if self.kernels.sample.is_some() { at + self.layout.shares as u64 } else { 0 }
     }
 
     /// Attention over the blocks of `mask` (all reachable ones for `None`).
@@ -280,6 +303,7 @@ impl General {
             q_cosine: at(l.q_cosine),
             k_cosine: at(l.k_cosine),
             scratch: at(l.scratch),
+            shares: self.shares(workspace),
             q8: at(l.q8),
             q_scale: at(l.q_scale),
             q_shift: at(l.q_shift),

@@ -60,6 +60,7 @@ pub(crate) struct Args {
     pub(crate) k_pool: u64,
     pub(crate) mask: u64,
     pub(crate) counters: u64,
+    pub(crate) shares: u64,
     pub(crate) batch: i32,
     pub(crate) heads: i32,
     pub(crate) kv_heads: i32,
@@ -73,15 +74,17 @@ pub(crate) struct Args {
     pub(crate) causal: i32,
     pub(crate) diagonal: i32,
     pub(crate) keep_first: i32,
+    pub(crate) keep_local: i32,
     pub(crate) scale_log2: f32,
+    pub(crate) unused: i32,
     pub(crate) budget: [Budget; MAX_HEADS],
 }
 
 // The size is asserted in types.cuh too.
-const _: () = assert!(size_of::<Args>() == 1320);
+const _: () = assert!(size_of::<Args>() == 1336);
 const _: () = assert!(offset_of!(Args, q8) == 136);
-const _: () = assert!(offset_of!(Args, batch) == 240);
-const _: () = assert!(offset_of!(Args, budget) == 296);
+const _: () = assert!(offset_of!(Args, batch) == 248);
+const _: () = assert!(offset_of!(Args, budget) == 312);
 
 impl Default for Args {
     fn default() -> Self {
@@ -108,6 +111,7 @@ impl Default for Args {
             k_pool: 0,
             mask: 0,
             counters: 0,
+            shares: 0,
             batch: 0,
             heads: 0,
             kv_heads: 0,
@@ -121,7 +125,9 @@ impl Default for Args {
             causal: 0,
             diagonal: 0,
             keep_first: 0,
+            keep_local: 0,
             scale_log2: 0.0,
+            unused: 0,
             budget: [Budget::default(); MAX_HEADS],
         }
     }
