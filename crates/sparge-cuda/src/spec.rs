@@ -397,7 +397,7 @@ pub(crate) const SAMPLE_ROWS: usize = 32;
 /// Bytes from one of them to the next in shared memory: an odd multiple of 64, so that eight rows'
 /// equal chunks fall into different banks.
 pub(crate) fn sample_pitch(dim: usize, dtype: DType) -> usize {
-    let row = (dim * dtype.bytes()).next_multiple_of(64);
+    let row = dim.next_multiple_of(32) * dtype.bytes();
     if row.is_multiple_of(128) { row + 64 } else { row }
 }
 
