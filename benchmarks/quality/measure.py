@@ -21,10 +21,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 OURS = [
-    "default", "cdf:0.995", "cdf:0.98", "cdf:0.95", "cdf:0.9", "cdf:0.8", "topk:0.7", "topk:0.5",
+    "default", "cdf:0.995", "cdf:0.99", "cdf:0.95", "cdf:0.9", "cdf:0.8", "topk:0.7", "topk:0.5",
     "topk:0.3",
 ]
-PAPER = [f"cdf:{t},pool=block,lambda=inf" for t in (0.99, 0.95, 0.9, 0.8, 0.6)]
+PAPER = [f"cdf:{t},pool=block,local=0,lambda=inf" for t in (0.99, 0.95, 0.9, 0.8, 0.6)]
 MINFERENCE = [f"minference:v={v},s={s}" for v, s in ((30, 100), (30, 200), (60, 400), (30, 800), (120, 400))]
 FLEXPREFILL = [f"flexprefill:{g},min=128" for g in (0.99, 0.95, 0.9, 0.8, 0.6)]
 XATTENTION = [f"xattention:{t}" for t in (0.98, 0.95, 0.9, 0.8, 0.6)]
@@ -50,42 +50,41 @@ TABLES: dict[str, list[list[str]]] = {
     # Tables 1, 5, 6, 10 of the paper: one reading for each policy.
     "perplexity": [
         ppl(["dense", "default", "default,lambda=inf", "dense,lambda=6", "cdf:0.95", "cdf:0.9",
-             "topk:0.5", "cdf:0.95,pool=block,lambda=inf", "cdf:0.9,pool=block,lambda=inf",
-             "cdf:0.9,pool=block,theta=0.3,lambda=inf", "minference:v=60,s=400",
+             "topk:0.5", "cdf:0.95,pool=block,local=0,lambda=inf",
+             "cdf:0.9,pool=block,local=0,lambda=inf",
+             "cdf:0.9,pool=block,local=0,theta=0.3,lambda=inf", "minference:v=60,s=400",
              "minference:v=30,s=200", "flexprefill:0.95,min=128", "flexprefill:0.9,min=128",
              "xattention:0.95", "xattention:0.9", "window:1024", "window:512", "random:0.6"]),
     ],
     # Blocks before the diagonal that are always kept.
     "local": [
-        ppl(["dense", "cdf:0.95", "cdf:0.95,local=2", "cdf:0.95,local=4", "cdf:0.95,local=8",
-             "cdf:0.9,local=4", "cdf:0.9,local=8", "cdf:0.8,local=8", "cdf:0.8,local=12",
-             "cdf:0.9,pool=block,lambda=inf,local=8"]),
-        ppl(["cdf:0.95,local=8", "cdf:0.9,local=8"], "8000"),
-    ],
-    "local2": [
-        ppl(["cdf:0.95,local=1", "cdf:0.97,local=2", "cdf:0.98,local=2", "topk:0.5,local=2"]),
-        ppl(["cdf:0.97,local=2", "cdf:0.98,local=2"], "8000"),
-        error(["cdf:0.95", "cdf:0.95,local=1", "cdf:0.95,local=2", "cdf:0.95,local=8"], "4096", 6),
+        ppl(["dense", *(f"cdf:0.95,local={n}" for n in (0, 1, 2, 4, 8)), "cdf:0.9,local=0",
+             "cdf:0.9,local=4", "cdf:0.9,local=8", "cdf:0.98,local=0", "cdf:0.98,local=2",
+             "topk:0.5,local=0", "topk:0.5,local=2",
+             *(f"cdf:0.9,pool=block,lambda=inf,local={n}" for n in (0, 8))]),
+        ppl(["dense", *(f"cdf:{t},local={n}" for t in (0.95, 0.98) for n in (0, 2))], "8000"),
+        error([f"cdf:0.95,local={n}" for n in (0, 1, 2, 8)], "4096", 6),
     ],
     # The same with every head's own settings, made by `sparge tune` on Emma; and on another text.
     "tuned": [ppl(["dense", "default"], "4096", "--calibration", "{calibration}")],
     "wikitext": [
-        ppl(["dense", "default", "cdf:0.95", "cdf:0.95,local=8", "cdf:0.9,local=8",
-             "minference:v=30,s=200", "xattention:0.95", "window:1024"], "4096",
-            "--prompt-file", "{wikitext}", "--calibration", "{calibration}"),
+        ppl(["dense", "default", "cdf:0.99", "cdf:0.95", "cdf:0.9", "cdf:0.98,local=0",
+             "cdf:0.98,pool=16x16", "cdf:0.98,pool=16x16+var", "cdf:0.95,pool=block,local=0,lambda=inf",
+             "minference:v=30,s=200", "flexprefill:0.95,min=128", "xattention:0.95", "window:1024"],
+            "4096", "--windows", "3", "--prompt-file", "{wikitext}", "--calibration", "{calibration}"),
     ],
     # Table 7, with what "perplexity" has at 4096.
     "length": [ppl(["dense", "default"], "1024,2048,8000")],
     # Tables 5 and 10.
     "judge": [
-        error([f"cdf:0.9,lambda=inf,pool={p},theta={t}" for p in ("block", "16x16+var")
+        error([f"cdf:0.9,local=0,lambda=inf,pool={p},theta={t}" for p in ("block", "16x16+2rows")
                for t in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)], "4096", 6),
     ],
     # Table 3.
     "overhead": [
         ["bench", "--reps", "3",
          *(x for n in (1024, 2048, 4096, 8192, 16384) for x in ("--shape", f"9/3x{n}x64:causal")),
-         "--policy", "dense,cdf:0.99,cdf:0.99,pool=block,minference,flexprefill,xattention,xattention:0.9,stride=16"],
+         "--policy", "dense,cdf:0.98,cdf:0.98,pool=block,minference,flexprefill,xattention,xattention:0.9,stride=16"],
     ],
     # Tables 4 and 9.
     "order": [
