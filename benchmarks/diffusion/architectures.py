@@ -248,8 +248,8 @@ def build(arch: Architecture, device: str, is_tiny: bool) -> torch.nn.Module:
             if arch.kind == "LlamaForCausalLM":
                 import transformers
 
-                options = transformers.LlamaConfig(**config)
-                model = transformers.LlamaForCausalLM._from_config(options, attn_implementation="sdpa")
+                model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+                model.set_attn_implementation("sdpa")
             else:
                 import diffusers
 

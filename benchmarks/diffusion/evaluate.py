@@ -26,7 +26,7 @@ class Evaluation:
 
     def __init__(self, model: DiT, emoji: Emoji, args: Any, record: dict, save: Any, deadline: float) -> None:
         self.model, self.args, self.record, self.save, self.deadline = model, args, record, save, deadline
-        self.steps, self.count = (2, 2) if args.tiny else (25, 16)
+        self.steps, self.count = args.sampling_steps, 2 if args.tiny else 16
         self.device = args.device
         codes = emoji.codes.to(self.device)
         self.codes, self.tuning_codes = codes[: self.count], codes[self.count : self.count + 5]
@@ -36,6 +36,7 @@ class Evaluation:
         self.noise, self.tuning_noise = noise[: self.count], noise[self.count :]
         self.data = self.pixels(to_model(emoji.tokens[: self.count].to(self.device)))
         self.kept_pixels: dict[str, Tensor] = {}
+        self.tuned: list[sparge.Config] = []
         record["evaluation"] = {"samples": self.count, "steps": self.steps, "bounds": BOUNDS[args.kind]}
 
     def pixels(self, tokens: Tensor) -> Tensor:
@@ -76,6 +77,8 @@ class Evaluation:
             "ssim_to_training_data": quality.ssim(self.dense_pixels, self.data).mean().item(),
             "k_self_similarity": self.similarity(self.calls),
         }
+
+    def tuning(self) -> None:
         self.tuned = tune(self.tuning_calls, BOUNDS[self.args.kind], self.args.tiny)
         self.record["tuned"] = [{"cdf": c.cdf, "pv_gap": [str(g) for g in c.pv_gap]} for c in self.tuned]
 
@@ -210,9 +213,7 @@ def run(model: DiT, emoji: Emoji, args: Any, record: dict, save: Any, deadline: 
     """All experiments, each kept apart from the failures of the others."""
     with torch.inference_mode():
         evaluation = Evaluation(model, emoji, args, record, save, deadline)
-        evaluation.reference()
-        save()
-        for name in ("agreement", "pictures", "order", "judge"):
+        for name in ("reference", "tuning", "agreement", "pictures", "order", "judge"):
             start = time.time()
             try:
                 getattr(evaluation, name)()
@@ -226,8 +227,10 @@ def run(model: DiT, emoji: Emoji, args: Any, record: dict, save: Any, deadline: 
 
 def table(record: dict) -> str:
     mean = lambda x: sum(x) / len(x)
+    dense = record.get("dense", {}).get("psnr_to_training_data", math.nan)
     lines = [f"{record['kind']}: {record['training']['steps']} steps, loss {record['training']['loss'][-1]}, "
-             f"dense to training data {record['dense']['psnr_to_training_data']:.1f} dB"]  # fmt: skip
+             f"dense to training data {dense:.1f} dB"]  # fmt: skip
+    lines += [f"{name}: failed: {error}" for name, error in record.get("failed", {}).items()]
     for part in ("agreement", "order", "judge"):
         for row in record.get(part, []):
             if "failed" in row:

@@ -65,11 +65,14 @@ class CuDNN(Attention):
             if not self.is_copying:
                 try:
                     return sdpa(query, key, value, mask, **options)
-                except RuntimeError:
-                    self.is_copying = True
-                    self.calls["cudnn"] = "inputs copied to be contiguous"
+                except RuntimeError as error:
+                    self.calls["cudnn"] = f"without copies: {error}".splitlines()[0][:200]
             query, key, value = (x.contiguous() for x in (query, key, value))
-            return sdpa(query, key, value, mask, **options)
+            out = sdpa(query, key, value, mask, **options)
+            if not self.is_copying:
+                self.is_copying = True
+                self.calls["cudnn"] += "; inputs copied to be contiguous"
+            return out
 
 
 class FlashAttention3(Attention):

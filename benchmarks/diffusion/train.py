@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16, choices=(16, 32), help="32: 8192 tokens")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--sampling-steps", type=int, default=25)
     parser.add_argument("--max-steps", type=int, default=-1)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cuda")
