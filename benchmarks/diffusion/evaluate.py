@@ -128,10 +128,12 @@ class Evaluation:
     def agreement(self) -> None:
         """The main table: how much arithmetic alone moves samples, ours, and others at equal sparsity."""
         row = partial(self.row, "agreement")
-        other = torch.nn.attention.SDPBackend.MATH if self.device == "cpu" else torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION
+        kernels = torch.nn.attention.SDPBackend
+        other = kernels.MATH if self.device == "cpu" else kernels.EFFICIENT_ATTENTION
         row("dense, another SDPA kernel", lambda: Dense(other), group="arithmetic")
         row("sparge, nothing skipped, 16 bits", lambda: Sparge(sparge.Config(policy="dense")), group="arithmetic")
-        row("sparge, nothing skipped, 8 bits", lambda: Sparge(sparge.Config(topk=1.0, pv_gap=math.inf)), group="arithmetic")
+        full = sparge.Config(topk=1.0, pv_gap=math.inf)
+        row("sparge, nothing skipped, 8 bits", lambda: Sparge(full), group="arithmetic")
         found = row("tuned", lambda: Sparge(self.tuned), group="ours")
         density = 0.5
         if found is not None:
@@ -201,7 +203,8 @@ class Evaluation:
         kind, dense = self.args.kind, self.dense_pixels
         tuned = self.kept_pixels.get("tuned")
         if tuned is not None:
-            groups = {"dense": dense, "sparge, tuned": tuned, f"difference x{sheets.GAIN}": sheets.difference(dense, tuned)}
+            groups = {"dense": dense, "sparge, tuned": tuned}
+            groups[f"difference x{sheets.GAIN}"] = sheets.difference(dense, tuned)
             sheets.write(self.args.out / f"{kind}-tuned.png", groups, 6)
         names = [f"{n}, density 0.3" for n in ("topk", "MInference-style", "FlexPrefill-style", "random")]
         groups = {"dense": dense} | {n: self.kept_pixels[n] for n in names if n in self.kept_pixels}

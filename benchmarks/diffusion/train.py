@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=4.0, help="of training")
-    parser.add_argument("--evaluation-minutes", type=float, default=4.0, help="no new row after that")
+    parser.add_argument("--evaluation-minutes", type=float, default=3.0, help="no new row after that")
     parser.add_argument("--items", type=int, default=384, help="pictures or clips to train on")
     parser.add_argument("--frames", type=int, default=16, choices=(16, 32), help="32: 8192 tokens")
     parser.add_argument("--batch", type=int, default=16)
