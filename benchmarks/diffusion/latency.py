@@ -90,7 +90,7 @@ class Bench:
         }  # fmt: skip
         self.methods = methods(self.model, self.is_language, self.row)
         if args.methods:
-            self.methods = {n: m for n, m in self.methods.items() if n in args.methods.split(",")}
+            self.methods = {n: m for n, m in self.methods.items() if n in args.methods.split(";")}
 
     def forward(self) -> torch.Tensor:
         out = self.model(**self.inputs)
@@ -197,7 +197,7 @@ def table(rows: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(ARCHITECTURES), help="in this order")
-    parser.add_argument("--methods", default="", help="names of methods; default all")
+    parser.add_argument("--methods", default="", help="names, between semicolons; default all")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds for everything")
     parser.add_argument("--reps", type=int, default=0, help="default: each model's own")
     parser.add_argument("--device", default="cuda")
