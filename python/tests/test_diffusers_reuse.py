@@ -12,7 +12,7 @@ import sparge.diffusers
 import test_diffusers as models
 import torch
 from common import qkv
-from sparge.diffusers import Reuse
+from sparge.diffusers import Reuse, _reuse
 from sparge.diffusers._reuse import SAMPLE_EVERY, MaskCounts, Masks
 from sparge.diffusers._steps import Passes, Steps
 from test_diffusers import run
@@ -122,6 +122,23 @@ def test_drift_makes_a_mask_anew() -> None:
     never(0, a)
     never(1, b)
     assert never.seen() == (1, 1, 0)
+
+
+def test_where_reading_waits_drift_counts_one_step_later(monkeypatch: Any) -> None:
+    monkeypatch.setattr(_reuse, "_is_async", lambda x: True)
+    a, b = operands(0, 128 * 20), operands(1, 128 * 20)
+    bench = Bench(4, drift=0.25)
+    outs = [bench(step, x)[0] for step, x in enumerate((a, a, b, b, b, b, b, b))]
+    # Step 2 still runs under a's mask; b's is of step 3 and ends with step 6.
+    for out, made, then in zip(outs, (a, a, a, b, b, b, b, b), (a, a, b, b, b, b, b, b)):
+        assert torch.equal(out, with_mask_of(made, then))
+    assert bench.seen() == (3, 5, 1)
+    samples = []
+    monkeypatch.setattr(_reuse, "_missing", lambda *x: samples.append(x[-1]) or SimpleNamespace(read=lambda: 0))
+    bench = Bench(3, drift=0.25)
+    for step in range(6):
+        bench(step, a)
+    assert samples == [1, 4]  # none that nobody would read
 
 
 def test_exact_calls_are_left_alone() -> None:

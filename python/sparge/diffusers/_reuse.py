@@ -167,7 +167,7 @@ class Masks:
         if self._reuse.drift >= 1:
             return False
         step = self._passes.steps.step
-        if not query.is_cuda:
+        if not _is_async(query):
             return _missing(kept.mask, query, key, predicting, step).read() > self._reuse.drift
         before, kept.share = kept.share, None
         if before is not None and before.read() > self._reuse.drift:
@@ -175,6 +175,11 @@ class Masks:
         if step + 1 - kept.step < self._reuse.steps:  # else nobody will ask
             kept.share = _missing(kept.mask, query, key, predicting, step)
         return False
+
+
+def _is_async(x: Tensor) -> bool:
+    """Whether reading a number back would make the host wait."""
+    return x.is_cuda
 
 
 def _missing(mask: Tensor, query: Tensor, key: Tensor, predicting: str, step: int) -> _Share:
