@@ -148,7 +148,7 @@ class Ordered:
 
     def _leave(self, _: Any, args: Any, out: Tensor) -> Any:
         """After the projection, which works on each token for itself: there is less to move."""
-        return None if self._now is None else out.index_select(1, self._now.inverse)
+        return None if self._now is None else _take(out, 1, self._now.inverse)
 
     def _end(self, *_: Any) -> None:
         self._now = None
@@ -168,4 +168,9 @@ class Ordered:
                 f"{len(self._now.indices)}: boxes {', '.join(map(str, self._boxes))} of (frames, "
                 "rows, columns); leave order at 'row' for inputs of another layout"
             )
-        return x.index_select(dim, self._now.indices)
+        return _take(x, dim, self._now.indices)
+
+
+def _take(x: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Offloading may run a module elsewhere than where the inputs of the forward pass were."""
+    return x.index_select(dim, indices.to(x.device))
