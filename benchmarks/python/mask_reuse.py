@@ -1,11 +1,11 @@
 """What `sparge.diffusers.enable(..., reuse_mask=s)` saves and costs on a CPU.
 
-    python benchmarks/python/mask_reuse.py > benchmarks/record/DATE-DEVICE-mask-reuse.jsonl
+    python benchmarks/python/mask_reuse.py > benchmarks/record/DATE-python-DEVICE-mask-reuse.jsonl
 
 One JSON object a line. `share`: times of stage 1, of a call, and of the drift check, by length, on
 queries and keys that follow a slow random walk. `steps`: the discs of `python/examples` drawn with one
 mask for so many steps, against dense drawing from the same noise. `age`: how far masks of a dense run
-are from those of earlier steps, in blocks and in the output.
+(Hilbert order) are from those of earlier steps, in blocks and in the output.
 """
 
 from __future__ import annotations

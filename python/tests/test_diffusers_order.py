@@ -225,7 +225,9 @@ def test_refused_inputs_by_name() -> None:
     _refused(models.ltx, "num_frames, height and width are None, 14", num_frames=None)
     _refused(models.ltx, "rotary table has 392 tokens.*expected 392|input has 588 tokens", num_frames=2)
     _refused(models.sd3, "skip_layers", skip_layers=[0, 1])
-    _refused(models.flux, "img_ids", img_ids=torch.rand(576, 3))
+    columns = torch.cartesian_prod(torch.arange(1), torch.arange(24), torch.arange(24))[:, [0, 2, 1]]
+    _refused(models.flux, "img_ids are not .* row by row", img_ids=columns.float())
+    _refused(models.flux, "img_ids are not .* row by row", img_ids=torch.rand(576, 3))
     _refused(models.flux, "attention_mask", joint_attention_kwargs={"attention_mask": None})
     controls = [torch.randn(1, 144, 64)]
     _refused(models.flux, "controlnet_block_samples has 144", controlnet_block_samples=controls)
