@@ -15,6 +15,7 @@ from ._build import build_info
 from ._calibration import Calibration, load_calibration
 from ._config import Config
 from ._mask import BlockMask
+from ._order import token_order
 from ._sparge import SpargeError
 from ._types import Quantized, Stats
 
@@ -33,4 +34,5 @@ __all__ = [
     "load_calibration",
     "predict",
     "quantize",
+    "token_order",
 ]

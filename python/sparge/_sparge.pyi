@@ -9,6 +9,7 @@ __all__ = [
     "info",
     "predict",
     "quantize",
+    "token_order",
 ]
 
 _Four = tuple[int, int, int, int]
@@ -117,3 +118,4 @@ def quantize(
     dtype: str, layout: str, threads: int, k: _Raw, out: tuple[int, int, int]
 ) -> None: ...
 def info() -> dict[str, Any]: ...
+def token_order(order: str, shape: tuple[int, int, int]) -> bytearray: ...

@@ -8,6 +8,7 @@ mod cuda;
 mod dlpack;
 mod errors;
 mod info;
+mod permute;
 mod settings;
 mod tensor;
 mod threads;
@@ -27,6 +28,8 @@ mod _sparge {
     use super::errors::SpargeError;
     #[pymodule_export]
     use super::info::info;
+    #[pymodule_export]
+    use super::permute::token_order;
     #[pymodule_export]
     use super::settings::Settings;
 }

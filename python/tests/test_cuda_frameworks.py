@@ -59,3 +59,48 @@ def test_diffusers(name: str) -> None:
     with sparge.diffusers.enable(model, topk=0.4):
         assert torch.isfinite(cases.run(model, inputs)).all()
     assert torch.equal(cases.run(model, inputs), native)
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "mochi", "sd3", "flux", "wan", "hunyuan_video", "ltx"])
+def test_diffusers_in_another_order(name: str) -> None:
+    pytest.importorskip("diffusers")
+    import sparge.diffusers
+    import test_diffusers as cases
+
+    model, inputs = getattr(cases, name)()
+    model = model.eval().cuda()
+    inputs = {key: _on_gpu(value) for key, value in inputs.items()}
+    native = cases.run(model, inputs)
+    with sparge.diffusers.enable(model, policy="dense", order="hilbert"):
+        assert relative_l1(cases.run(model, inputs).cpu(), native.cpu()) < 0.03
+    with sparge.diffusers.enable(model, topk=0.4, order="hilbert", reuse_mask=3) as handle:
+        first = cases.run(model, inputs)
+        for handle.step in (1, 2, 3):
+            assert torch.equal(cases.run(model, inputs), first)
+        made, reused = handle.masks.predicted, handle.masks.reused
+        assert made == reused > 0 and handle.masks.drifted == 0  # steps 0 and 3, 1 and 2
+        assert torch.isfinite(first).all()
+    assert torch.equal(cases.run(model, inputs), native)
+
+
+def test_drift_is_noticed_one_step_later(monkeypatch: Any) -> None:
+    from common import qkv
+    from sparge.diffusers._reuse import MaskCounts, Masks, Reuse
+    from sparge.diffusers._steps import Passes, Steps
+
+    import sparge
+
+    steps, counts = Steps(), MaskCounts()
+    passes = Passes(steps)
+    masks = Masks(Reuse(10, drift=0.2), passes, counts)
+    config = sparge.Config(topk=0.3, keep_first=0)
+    a, b = (qkv(2, 2, q_len=4096, dtype=torch.bfloat16, device="cuda", seed=s) for s in (0, 1))
+    seen = []
+    for steps.step, (q, k, v) in enumerate((a, a, b, b, b)):
+        passes.begin()
+        masks.attention(q, k, v, config=config, scale=None, keep_keys=None)
+        seen.append((counts.predicted, counts.reused, counts.drifted))
+    assert seen == [(1, 0, 0), (1, 1, 0), (1, 2, 0), (2, 2, 1), (2, 3, 1)]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(sparge.SpargeError, match="CUDA graph"):
+        masks.attention(*b, config=config, scale=None, keep_keys=None)

@@ -356,7 +356,7 @@ def test_ulysses_alone_is_an_ordinary_call() -> None:
     parallel = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=1))
     model = SimpleNamespace(text="first")
     config = sparge.Config(topk=0.3, keep_first=0)
-    _backend.enter(SimpleNamespace(model=model, config=lambda: config, text_len=lambda: 90))
+    _backend.enter(SimpleNamespace(model=model, config=lambda: config, text_len=lambda: 90, attend=None))
     try:
         got = _backend._ring_step(None, q, k, v, _parallel_config=parallel)
     finally:

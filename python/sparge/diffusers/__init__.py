@@ -5,6 +5,9 @@
 >>> video = pipe(prompt).frames
 >>> handle.disable()                     # the pipeline is as it was
 
+``order="hilbert"`` puts image tokens along a Hilbert curve, once per forward pass, so that blocks are
+compact and more of them can be skipped; ``reuse_mask=4`` predicts in every fourth step.
+
 Models: CogVideoX, Mochi, SD3 (through processors of this package); Flux, Wan, HunyuanVideo, LTX,
 Qwen-Image (through diffusers' attention dispatcher). Self-attention over image tokens becomes
 sparse. Text queries stay exact (SDPA), and every image query attends all text keys. Attention to a
@@ -13,5 +16,6 @@ separate text encoder's output is untouched.
 
 from ._handle import Enabled, enable
 from ._models import MODELS
+from ._reuse import MaskCounts, Reuse
 
-__all__ = ["MODELS", "Enabled", "enable"]
+__all__ = ["MODELS", "Enabled", "MaskCounts", "Reuse", "enable"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -14,6 +15,8 @@ from .._config import Config
 from .._sparge import SpargeError
 
 Tensor = torch.Tensor
+# `sparge.attention`, or what stands in for it: q, k, v; config, scale, keep_keys by name.
+Attend = Optional[Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,15 @@ def sparse(
     config: Config,
     scale: Optional[float] = None,
     key_mask: Optional[Tensor] = None,
+    attend: Attend = None,
 ) -> Tensor:
     """Self-attention over ``[batch, heads, tokens, dim]``.
 
     ``key_mask`` bool ``[batch, 1, 1, tokens]`` leaves keys out (padded text); queries at those
-    places are computed as SDPA would.
+    places are computed as SDPA would. ``attend`` computes the image queries.
     """
     if key_mask is None:
-        return _joint(query, key, value, text, text, config, scale)
+        return _joint(query, key, value, text, text, config, scale, attend)
     parts = []
     for at, valid in enumerate(_valid(key_mask, key.shape[0], key.shape[2])):
         one = slice(at, at + 1)
@@ -61,7 +65,7 @@ def sparse(
             k, v = key[one, :, valid], value[one, :, valid]
         else:
             k, v = key[one].index_select(2, valid), value[one].index_select(2, valid)
-        parts.append(_joint(query[one], k, v, text, _kept(valid, text), config, scale))
+        parts.append(_joint(query[one], k, v, text, _kept(valid, text), config, scale, attend))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -73,15 +77,17 @@ def _joint(
     keys: Optional[Text],
     config: Config,
     scale: Optional[float],
+    attend: Attend,
 ) -> Tensor:
     """``rows`` are the text queries, ``keys`` the text keys."""
     keep = None if keys is None or keys.start >= keys.end else ((keys.start, keys.end),)
     options: dict[str, Any] = {"config": config, "scale": scale, "keep_keys": keep}
+    attend = attend or attention
     if rows is None:
-        return attention(query, key, value, **options)  # type: ignore[no-any-return]
+        return attend(query, key, value, **options)
     text_out = dense(query[:, :, rows.start : rows.end], key, value, None, scale)
     image = slice(rows.end, None) if rows.start == 0 else slice(0, rows.start)
-    image_out = attention(query[:, :, image], key, value, **options)
+    image_out = attend(query[:, :, image], key, value, **options)
     return torch.cat([text_out, image_out] if rows.start == 0 else [image_out, text_out], dim=2)
 
 

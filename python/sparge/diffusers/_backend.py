@@ -114,7 +114,8 @@ def _whole(
     elif is_joint and is_key_mask:
         place, text_len = (None, 0) if layer is None else (layer.model.text, layer.text_len())
         text = Text.at(place, text_len, q.shape[2])
-        out = sparse(q, k, v, text, config, scale, attn_mask)
+        attend = None if layer is None else layer.attend
+        out = sparse(q, k, v, text, config, scale, attn_mask, attend)
     else:
         out = attention(
             q, k, v, attn_mask, 0.0, is_causal, scale, enable_gqa, config=config, fallback="dense"

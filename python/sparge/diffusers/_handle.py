@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Optional, Union
 
 import torch
 
 from .._calibration import Calibration, load_calibration
 from .._config import Config, parsed
+from .._order import check_order
 from .._sparge import SpargeError
 from . import _backend, _processors
+from ._attend import Attend
 from ._models import Model, attention_modules, model_of
-
+from ._order import Ordered
+from ._reuse import MaskCounts, Masks, Reuse
+from ._steps import Passes, Steps, run_all
 
 # Transformers that run sparse: their handle must be disabled before they are enabled again.
 _enabled: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
@@ -24,10 +27,12 @@ _enabled: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 class Layer:
     """What one attention module needs to know during a forward pass."""
 
-    def __init__(self, handle: "Enabled", index: int, model: Model) -> None:
+    def __init__(self, handle: "Enabled", index: int, model: Model, attend: Attend) -> None:
         self.handle = handle
         self.index = index
         self.model = model
+        #: Computes the image queries; None: `sparge.attention`.
+        self.attend = attend
 
     def config(self) -> Optional[Config]:
         """The settings now; None while this layer or step is dense."""
@@ -47,24 +52,35 @@ class Enabled:
         dense_steps: int,
         dense_layers: frozenset[int],
         calibration: Optional[Calibration],
+        order: str,
+        reuse: Optional[Reuse],
     ) -> None:
-        #: Denoising steps done since the schedule began. Counted where there is a scheduler;
-        #: set it yourself otherwise.
-        self.step = 0
         self.text_len = 0
+        #: What became of block masks; all zero without ``reuse_mask``.
+        self.masks = MaskCounts()
+        self._steps = Steps()
         self._config = config
         self._dense_steps = dense_steps
         self._dense_layers = dense_layers
         self._calibration = calibration
-        self._undo: list[Any] = []
-        self._pipe: Any = None
-        self._scheduler: Any = None
-        self._uncount: list[Any] = []
+        self._order = order
+        self._reuse = reuse
+        self._undo: list[Callable[[], None]] = []
         self._settings: dict[int, Config] = {}
+
+    @property
+    def step(self) -> int:
+        """Denoising steps done since the schedule began. Counted where there is a scheduler; set it
+        yourself otherwise (setting it back begins another run)."""
+        return self._steps.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._steps.step = value
 
     def config_of(self, layer: int) -> Optional[Config]:
         """The settings of a layer at the current step; None where it is dense."""
-        if self.step < self._dense_steps or layer in self._dense_layers:
+        if self._is_dense_step() or layer in self._dense_layers:
             return None
         if self._calibration is None:
             return self._config
@@ -77,9 +93,8 @@ class Enabled:
     def disable(self) -> None:
         """Restores everything that `enable` changed, also where one part fails: the first failure is
         raised at the end."""
-        self._pipe = self._scheduler = None
-        failed = _run_all(self._uncount + self._undo)
-        self._uncount, self._undo = [], []
+        failed = self._steps.release()
+        failed = run_all(self._undo) or failed
         if failed is not None:
             raise failed
 
@@ -88,6 +103,9 @@ class Enabled:
 
     def __exit__(self, *exception: Any) -> None:
         self.disable()
+
+    def _is_dense_step(self) -> bool:
+        return self.step < self._dense_steps
 
     def _attach(self, transformer: torch.nn.Module) -> None:
         if transformer in _enabled:
@@ -103,13 +121,25 @@ class Enabled:
             _processors.check(module, model)
         _enabled.add(transformer)
         self._undo.append(lambda: _enabled.discard(transformer))
-        self._watch_text(transformer)
+        passes = Passes(self._steps)
+        self._watch(transformer, passes)
+        if self._order != "row":
+            ordered = Ordered(transformer, model, self._order, lambda: not self._is_dense_step())
+            self._undo += ordered.attach()
         for index, module in modules:
-            layer = Layer(self, index, model)
+            layer = Layer(self, index, model, self._attend_of(passes))
             if model.processor is not None:
                 self._replace(module, _processors.of(model.processor, layer))
             else:
                 self._dispatch(module, layer)
+
+    def _attend_of(self, passes: Passes) -> Attend:
+        """What computes one module's image queries."""
+        if self._reuse is None:
+            return None
+        masks = Masks(self._reuse, passes, self.masks)
+        self._undo.append(masks.forget)
+        return masks.attention
 
     def _replace(self, module: Any, processor: Any) -> None:
         before = module.processor
@@ -133,60 +163,31 @@ class Enabled:
         leave = module.register_forward_hook(lambda *_: _backend.leave(), always_call=True)
         self._undo += [enter.remove, leave.remove]
 
-    def _watch_text(self, transformer: torch.nn.Module) -> None:
-        """Notes how many text tokens each forward pass has."""
+    def _watch(self, transformer: Any, passes: Passes) -> None:
+        """Notes that a forward pass begins and how many text tokens it has."""
         names = list(inspect.signature(transformer.forward).parameters)
 
         def note(_: Any, args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> None:
             given = dict(zip(names, args), **kwargs)
             text = given.get("encoder_hidden_states")
             self.text_len = 0 if text is None else int(text.shape[1])
-            self._count_steps()
+            self._steps.follow()
+            passes.begin()
+            parallel = getattr(transformer, "_parallel_config", None)
+            if getattr(parallel, "context_parallel_config", None) is not None:
+                self._check_parallel()
 
         self._undo.append(transformer.register_forward_pre_hook(note, with_kwargs=True).remove)
 
-    def _count_steps(self) -> None:
-        """Watches the pipeline's scheduler, also one that has replaced another."""
-        scheduler = getattr(self._pipe, "scheduler", None)
-        if scheduler is self._scheduler:
-            return
-        _run_all(self._uncount)
-        self._scheduler, self.step = scheduler, 0
-        if scheduler is None:
-            return
-        before = {name: vars(scheduler).get(name) for name in ("step", "set_timesteps")}
-        step, begin = scheduler.step, scheduler.set_timesteps
-
-        @functools.wraps(step)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.step += 1
-            return step(*args, **kwargs)
-
-        @functools.wraps(begin)
-        def begun(*args: Any, **kwargs: Any) -> Any:
-            self.step = 0
-            return begin(*args, **kwargs)
-
-        def restore() -> None:
-            for name, value in before.items():
-                if value is None:
-                    vars(scheduler).pop(name, None)
-                else:
-                    setattr(scheduler, name, value)
-
-        scheduler.step, scheduler.set_timesteps = counted, begun
-        self._uncount.append(restore)
-
-
-def _run_all(undo: "list[Any]") -> Optional[BaseException]:
-    """Runs every one, the latest first; the first failure."""
-    failed: Optional[BaseException] = None
-    while undo:
-        try:
-            undo.pop()()
-        except Exception as error:  # the others still have to be undone
-            failed = failed or error
-    return failed
+    def _check_parallel(self) -> None:
+        """A shard has some of the tokens, in no box, and other blocks than the whole."""
+        asked = [f"order={self._order!r}"] if self._order != "row" else []
+        asked += ["reuse_mask"] if self._reuse is not None else []
+        if asked:
+            raise SpargeError(
+                f"{' and '.join(asked)} cannot be kept under context parallelism, where tokens are "
+                "spread over devices; leave it out"
+            )
 
 
 def enable(
@@ -196,6 +197,8 @@ def enable(
     dense_steps: int = 0,
     dense_layers: Union[int, Iterable[int]] = 0,
     calibration: Union[str, "dict[str, Any]", Calibration, None] = None,
+    order: str = "row",
+    reuse_mask: Union[int, Reuse, None] = None,
     **knobs: Any,
 ) -> Enabled:
     """Makes the self-attention of a diffusers pipeline or transformer sparse.
@@ -206,19 +209,32 @@ def enable(
       scheduler; with a bare transformer set ``handle.step``.
     * ``dense_layers``: the first so many blocks, or the indices of blocks, that stay dense.
     * ``calibration``: a calibration file's path or parsed JSON.
+    * ``order``: how image tokens run through the blocks: ``"row"`` (default: the model's own,
+      nothing is moved), ``"hilbert"``, ``"time"``, ``"column"``, ``"random"``: see
+      :func:`sparge.token_order`. Tokens and what belongs to them are put in order once per forward
+      pass and back at its end; text stays. The default moves nothing because settings and
+      calibrations hold for the order they were found in; ``"hilbert"`` makes blocks compact, so that
+      more can be skipped at the same error.
+    * ``reuse_mask``: denoising steps that one prediction of the blocks serves, or a :class:`Reuse`,
+      which also says when a mask is made anew before. Default: every step predicts. A mask takes
+      batch · heads · tokens² / 8192 bytes for each layer and each forward pass of a step.
 
     Returns the handle whose ``disable()`` restores the model; it is a context manager too.
     Raises ``SpargeError`` for models and processors that are not supported, by name, and for a
-    transformer that is enabled already.
+    transformer that is enabled already. With ``order`` or ``reuse_mask``, forward passes raise it
+    for inputs whose tokens cannot be followed, by name, and under context parallelism.
     """
     layers = range(dense_layers) if isinstance(dense_layers, int) else dense_layers
     config = (config or Config()).override(**knobs)
     parsed(config.text())  # refuses bad settings here rather than in the middle of a forward pass
+    check_order(order)
     handle = Enabled(
         config,
         dense_steps,
         frozenset(layers),
         None if calibration is None else load_calibration(calibration),
+        order,
+        Reuse.of(reuse_mask, config),
     )
     transformers = [
         x
@@ -235,8 +251,7 @@ def enable(
     try:
         for transformer in transformers:
             handle._attach(transformer)
-        handle._pipe = pipe_or_transformer
-        handle._count_steps()
+        handle._steps.watch(pipe_or_transformer)
     except BaseException:
         handle.disable()
         raise

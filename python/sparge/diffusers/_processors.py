@@ -59,7 +59,7 @@ class _Processor:
         if config is None or mask is not None:
             return dense(query, key, value, mask, None)
         text = Text.at(self.layer.model.text, text_len, query.shape[2])
-        return sparse(query, key, value, text, config)
+        return sparse(query, key, value, text, config, attend=self.layer.attend)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
