@@ -74,7 +74,7 @@ TABLES: dict[str, list[list[str]]] = {
             "4096", "--windows", "3", "--prompt-file", "{wikitext}", "--calibration", "{calibration}"),
     ],
     # Table 7, with what "perplexity" has at 4096.
-    "length": [ppl(["dense", "default"], "1024,2048,8000")],
+    "length": [ppl(["dense", "default"], "1024,2048,8000", "--calibration", "{calibration}")],
     # Tables 5 and 10.
     "judge": [
         error([f"cdf:0.9,local=0,lambda=inf,pool={p},theta={t}" for p in ("block", "16x16+2rows")
