@@ -23,9 +23,8 @@ Window = Optional[tuple[Optional[int], Optional[int]]]
 # Below these the default is exact, and exact on torch tensors is SDPA itself: what it costs, a call
 # costs. Measured right after other torch work, whose threads still spin then, on inputs that offer
 # nothing to skip (benchmarks/record/2026-11-24-python-cpu-zen4.jsonl): within 5% of SDPA from 2048 keys
-# on; causal calls of 1024 keys are up to 1.1 (once 1.46) times SDPA's time there.
-AUTO_MIN_LEN = 1024  # causal on the CPU; the threshold of `Selection::Auto`
-CPU_MIN_LEN = 2048  # not causal on the CPU
+# on; at 1024 keys up to 1.1 (once 1.46) times SDPA's time, though `Selection::Auto` predicts from there.
+CPU_MIN_LEN = 2048
 CUDA_MIN_LEN = 4096
 AUTO_MIN_QUERIES = 16
 
@@ -142,7 +141,7 @@ def attention(
         and policy in (None, "auto")
         and (config is None or config.is_default())
     )  # fmt: skip
-    is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO, is_causal)
+    is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO)
     text, leaves = _kept_settings(
         config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys,
         is_short,
@@ -151,7 +150,7 @@ def attention(
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
         _same_device(query, block_mask, "block_mask")
         query, key, value = _one_batch(query, key, value)
-        if leaves and _is_short(query, q_len, kv_len, leaves, is_causal):
+        if leaves and _is_short(query, q_len, kv_len, leaves):
             extras = return_lse or return_stats or window or keep_keys
             plain = not extras and block_mask is None and key_lengths is None
             if plain and (causal != "bottom_right" or q_len == kv_len):
@@ -207,7 +206,7 @@ def is_plain_and_short(
         query.ndim == 4
         and query.is_cpu
         and (enable_gqa or query.shape[1] == key.shape[1])
-        and key.shape[2] < (AUTO_MIN_LEN if is_causal else CPU_MIN_LEN)
+        and key.shape[2] < CPU_MIN_LEN
         and not (query.requires_grad or key.requires_grad or value.requires_grad)
         and not (is_causal and attn_mask is not None)
         and query.shape[0] == key.shape[0] == value.shape[0]
@@ -220,13 +219,13 @@ def is_plain_and_short(
     )
 
 
-def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str, is_causal: bool) -> bool:
+def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str) -> bool:
     """Whether the call is to be exact, and SDPA is the way to do that."""
     if query.is_cuda:
         return leaves == EXACT or kv_len < CUDA_MIN_LEN or q_len < AUTO_MIN_QUERIES
     if leaves == EXACT:
         return False
-    return kv_len < (AUTO_MIN_LEN if is_causal else CPU_MIN_LEN) or q_len < AUTO_MIN_QUERIES
+    return kv_len < CPU_MIN_LEN or q_len < AUTO_MIN_QUERIES
 
 
 def _lens(query: Tensor, key: Tensor, layout: str) -> tuple[int, int]:
@@ -455,7 +454,7 @@ def predict(
     text, _ = _settings(
         kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
         causal, window, None,
-        _is_short(query, q_len, kv_len, AUTO, causal is not None),
+        _is_short(query, q_len, kv_len, AUTO),
     )  # fmt: skip
     query, key, _ = _one_batch(query, key, key)
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)

@@ -56,7 +56,7 @@ def test_dense_equals_sdpa() -> None:
     want = logits(model, "sdpa", ids)
     ours.configure(model, policy="dense")
     assert relative_l1(logits(model, "sparge", ids), want) < 1e-5
-    ours.configure(model)  # the default: exact below 1024 tokens
+    ours.configure(model)  # the default: exact for short prompts
     assert relative_l1(logits(model, "sparge", ids), want) < 1e-5
 
 
