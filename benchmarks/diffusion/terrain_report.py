@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Turns the records of terrain.py into docs/results/terrain.md and terrain.png.
+
+    python benchmarks/diffusion/terrain_report.py
+
+What stands under "## Reading" in an existing page is kept: it is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent.parent / "docs" / "results"
+COLOURS = {
+    "tuned by effect": "#000000", "tuned": "#00a0c0", "SpargeAttn, τ": "#1f4e9c",
+    "SpargeAttn, top-k": "#7aa6de", "paper's pooling, τ": "#d1495b",
+    "paper's pooling, top-k": "#e8a0aa", "MInference, block-sparse": "#2e933c",
+    "FlexPrefill, query-aware": "#edae49", "XAttention": "#8f3f97", "window": "#888888",
+    "random": "#bbbbbb",
+}  # fmt: skip
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def quality(row: dict) -> list[str]:
+    psnr, ssim = row["psnr"], row["ssim"]
+    return [
+        f"{100 * row['qk_sparsity']:.1f}%", f"{100 * row['pv_sparsity']:.1f}%",
+        f"{mean(psnr):.1f}", f"{min(psnr):.1f}", f"{mean(ssim):.4f}", f"{min(ssim):.4f}", str(len(psnr)),
+    ]  # fmt: skip
+
+
+QUALITY = ["Q·Kᵀ skipped", "P·V skipped", "PSNR, dB", "worst", "SSIM", "worst", "seeds"]
+
+
+def alone(record: dict) -> str:
+    """Settings that are not matched to another's sparsity."""
+    rows = [[r["name"], r["order"], *quality(r)] for r in record["rows"] if "target" not in r]
+    for r in record["rows"]:
+        if r["name"] == "tuned":
+            rows.append([f"tuned, relative L1 ≤ {r['bound']} per head", r["order"], *quality(r)])
+    other = record["another_seed"]
+    psnr, ssim = other["psnr"], other["ssim"]
+    last = [f"{mean(psnr):.1f}", f"{min(psnr):.1f}", f"{mean(ssim):.4f}", f"{min(ssim):.4f}", str(len(psnr))]
+    rows.append(["the map of another seed", "–", "–", "–", *last])
+    return table(["setting", "order", *QUALITY], rows)
+
+
+def side_by_side(record: dict, target: float) -> str:
+    found = [r for r in record["rows"] if r.get("target") == target]
+    found.sort(key=lambda r: -mean(r["psnr"]))
+    rows = [[r["name"], r["order"], f"{r['parameter']:g}" if "parameter" in r else "–", *quality(r)] for r in found]
+    return table(["method", "order", "parameter", *QUALITY], rows)
+
+
+def by_layer(record: dict) -> str:
+    """Effect and sparsity of each layer, in row order, at the first bound."""
+    rows = {r["name"]: r for r in record["rows"][::-1] if r["order"] == "row"}
+    lines = []
+    for layer, effect in record["effects"]["row"].items():
+        heads = rows["tuned"]["layers"][layer]
+        # Two heads where the map is a quarter as wide as the picture, three where an eighth.
+        tokens = (record["side"] // (4 if len(heads) == 2 else 8)) ** 2
+        shares = [
+            ", ".join(f"{100 * x:.0f}%" for x in rows[name]["layers"][layer])
+            for name in ("default", "tuned", "tuned by effect")
+        ]
+        bound = rows["tuned by effect"]["bounds"][layer]
+        lines.append([layer, str(tokens), f"{effect:.1f}", *shares, bound or "dense"])
+    heads = ["layer", "tokens", "PSNR, it alone sparse", "default: skipped by head", "tuned", "tuned by effect", "its bound"]
+    return table(heads, lines)
+
+
+def draw(records: list[dict]) -> str:
+    figure, axes = plt.subplots(1, len(records), figsize=(4.6 * len(records), 4.2), squeeze=False)
+    for axis, record in zip(axes[0], records):
+        for name, colour in COLOURS.items():
+            for order, marker in (("row", "o"), ("hilbert", "^")):
+                points = [r for r in record["rows"] if r["name"] == name and r["order"] == order]
+                if points:
+                    label = name if order == "row" else f"{name}, Hilbert"
+                    xs, ys = [100 * r["qk_sparsity"] for r in points], [mean(r["psnr"]) for r in points]
+                    axis.plot(xs, ys, marker=marker, ms=5, lw=1, color=colour, label=label,
+                              ls="-" if order == "row" else ":")
+        axis.set_title(f"{record['side']}×{record['side']}, {DEVICES[record['name']]}")
+        axis.set_xlabel("share of Q·Kᵀ blocks skipped, %")
+        axis.set_ylabel("PSNR against dense, dB, mean over seeds")
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.tight_layout()
+    figure.savefig(RESULTS / "terrain.png", dpi=72, metadata={"Software": None})
+    return "![PSNR against sparsity](terrain.png)\n"
+
+
+def section(record: dict) -> str:
+    side = record["side"]
+    text = f"\n## {side}×{side}, {DEVICES[record['name']]}\n\n"
+    text += f"{record['device']}, {record['date']}, {record['seconds']} s:\n\n    {record['command']}\n\n"
+    text += alone(record)
+    for target in dict.fromkeys(r["target"] for r in record["rows"] if "target" in r):
+        text += f"\nAt equal sparsity (matched to {100 * target:.0f}% on the tuning seeds; best first):\n\n"
+        text += side_by_side(record, target)
+    text += "\nBy layer, in row order (one figure for each head):\n\n" + by_layer(record)
+    picture = f"terrain-{side}.png"
+    if record["name"] == "cpu" and (RESULTS / picture).exists():
+        text += f"\n![dense, sparse and difference, {side}×{side}]({picture})\n"
+    return text
+
+
+def main() -> None:
+    records = []
+    for side in (128, 256):
+        for device in DEVICES:
+            path = HERE / "records" / f"terrain-{side}-{device}.json"
+            if path.exists():
+                records.append({**json.loads(path.read_text()), "name": device})
+    check = json.loads((HERE / "records/terrain-check.json").read_text())
+    worst = {side: max(r["max_abs"] for r in check["rows"] if r["side"] == side) for side in (128, 256)}
+    count = len(check["rows"]) // 2
+    text = f"""# A trained diffusion model: the terrain U-Net
+
+`adaptive-terrain-diffusion==0.4.2` (PyPI, MIT): a one-step consistency U-Net, 10.5 million parameters, noise and
+a difficulty in, a height field out. 28 self-attention layers with heads of 32; those with at least 1024 tokens
+(nine at 128×128; at 256×256 nine with 4096 and nine with 1024) run sparse, the rest exact. Every figure
+is against the dense map of the same noise. PSNR and SSIM take the range of that map as the range of the
+picture, which is stricter than −1..1.
+
+The evaluator: torch runs the file's nodes (`benchmarks/diffusion/terrain_net.py`). Against onnxruntime on {count} seeds the
+maps differ by at most {worst[128]:.0e} at 128×128 and {worst[256]:.0e} at 256×256 (sizes rewritten; tolerance
+{check["tolerance"]:g}): `{check["command"]}`, {check["device"]}, {check["date"]}.
+
+{draw(records)}{"".join(section(record) for record in records)}
+"""
+    page = RESULTS / "terrain.md"
+    old = page.read_text() if page.exists() else ""
+    reading = old[old.index("## Reading") :] if "## Reading" in old else "## Reading\n"
+    page.write_text(text + reading)
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    main()
