@@ -25,6 +25,8 @@ COLOURS = {
     "FlexPrefill, query-aware": "#edae49", "XAttention": "#8f3f97", "window": "#888888",
     "random": "#bbbbbb",
 }  # fmt: skip
+# Families whose parameter is a number of blocks or tokens.
+WHOLE = ("MInference, block-sparse", "window")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -38,11 +40,13 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def quality(row: dict) -> list[str]:
-    psnr, ssim = row["psnr"], row["ssim"]
-    return [
-        f"{100 * row['qk_sparsity']:.1f}%", f"{100 * row['pv_sparsity']:.1f}%",
-        f"{mean(psnr):.1f}", f"{min(psnr):.1f}", f"{mean(ssim):.4f}", f"{min(ssim):.4f}", str(len(psnr)),
-    ]  # fmt: skip
+    shares = [f"{100 * row[kind]:.1f}%" for kind in ("qk_sparsity", "pv_sparsity")]
+    return shares + agreement(row["psnr"], row["ssim"])
+
+
+def agreement(psnr: list[float], ssim: list[float]) -> list[str]:
+    figures = [f"{mean(psnr):.1f}", f"{min(psnr):.1f}", f"{mean(ssim):.4f}", f"{min(ssim):.4f}"]
+    return [*figures, str(len(psnr))]
 
 
 QUALITY = ["Q·Kᵀ skipped", "P·V skipped", "PSNR, dB", "worst", "SSIM", "worst", "seeds"]
@@ -56,15 +60,22 @@ def alone(record: dict) -> str:
             rows.append([f"tuned, relative L1 ≤ {r['bound']} per head", r["order"], *quality(r)])
     other = record["another_seed"]
     psnr, ssim = other["psnr"], other["ssim"]
-    last = [f"{mean(psnr):.1f}", f"{min(psnr):.1f}", f"{mean(ssim):.4f}", f"{min(ssim):.4f}", str(len(psnr))]
-    rows.append(["the map of another seed", "–", "–", "–", *last])
+    rows.append(["the map of another seed", "–", "–", "–", *agreement(psnr, ssim)])
     return table(["setting", "order", *QUALITY], rows)
 
 
 def side_by_side(record: dict, target: float) -> str:
     found = [r for r in record["rows"] if r.get("target") == target]
+    # On the seeds that all of them were read on.
+    seeds = min(len(r["psnr"]) for r in found)
+    found = [{**r, "psnr": r["psnr"][:seeds], "ssim": r["ssim"][:seeds]} for r in found]
     found.sort(key=lambda r: -mean(r["psnr"]))
-    rows = [[r["name"], r["order"], f"{r['parameter']:g}" if "parameter" in r else "–", *quality(r)] for r in found]
+    rows = []
+    for r in found:
+        parameter = r.get("parameter", "–")
+        if r["name"] in WHOLE:
+            parameter = round(parameter)
+        rows.append([r["name"], r["order"], str(parameter), *quality(r)])
     return table(["method", "order", "parameter", *QUALITY], rows)
 
 
@@ -72,7 +83,7 @@ def by_layer(record: dict) -> str:
     """Effect and sparsity of each layer, in row order, at the first bound."""
     rows = {r["name"]: r for r in record["rows"][::-1] if r["order"] == "row"}
     lines = []
-    for layer, effect in record["effects"]["row"].items():
+    for layer, effect in sorted(record["effects"]["row"].items(), key=lambda x: int(x[0])):
         heads = rows["tuned"]["layers"][layer]
         # Two heads where the map is a quarter as wide as the picture, three where an eighth.
         tokens = (record["side"] // (4 if len(heads) == 2 else 8)) ** 2
@@ -82,8 +93,8 @@ def by_layer(record: dict) -> str:
         ]
         bound = rows["tuned by effect"]["bounds"][layer]
         lines.append([layer, str(tokens), f"{effect:.1f}", *shares, bound or "dense"])
-    heads = ["layer", "tokens", "PSNR, it alone sparse", "default: skipped by head", "tuned", "tuned by effect", "its bound"]
-    return table(heads, lines)
+    settings = ["default: skipped by head", "tuned", "tuned by effect", "its bound"]
+    return table(["layer", "tokens", "PSNR, it alone sparse", *settings], lines)
 
 
 def draw(records: list[dict]) -> str:
@@ -94,9 +105,10 @@ def draw(records: list[dict]) -> str:
                 points = [r for r in record["rows"] if r["name"] == name and r["order"] == order]
                 if points:
                     label = name if order == "row" else f"{name}, Hilbert"
-                    xs, ys = [100 * r["qk_sparsity"] for r in points], [mean(r["psnr"]) for r in points]
-                    axis.plot(xs, ys, marker=marker, ms=5, lw=1, color=colour, label=label,
-                              ls="-" if order == "row" else ":")
+                    xs = [100 * r["qk_sparsity"] for r in points]
+                    ys = [mean(r["psnr"]) for r in points]
+                    line = "-" if order == "row" else ":"
+                    axis.plot(xs, ys, marker, ms=5, lw=1, color=colour, label=label, ls=line)
         axis.set_title(f"{record['side']}×{record['side']}, {DEVICES[record['name']]}")
         axis.set_xlabel("share of Q·Kᵀ blocks skipped, %")
         axis.set_ylabel("PSNR against dense, dB, mean over seeds")
@@ -130,19 +142,21 @@ def main() -> None:
             if path.exists():
                 records.append({**json.loads(path.read_text()), "name": device})
     check = json.loads((HERE / "records/terrain-check.json").read_text())
-    worst = {side: max(r["max_abs"] for r in check["rows"] if r["side"] == side) for side in (128, 256)}
+    worst = {
+        side: max(r["max_abs"] for r in check["rows"] if r["side"] == side) for side in (128, 256)
+    }
     count = len(check["rows"]) // 2
     text = f"""# A trained diffusion model: the terrain U-Net
 
-`adaptive-terrain-diffusion==0.4.2` (PyPI, MIT): a one-step consistency U-Net, 10.5 million parameters, noise and
-a difficulty in, a height field out. 28 self-attention layers with heads of 32; those with at least 1024 tokens
-(nine at 128×128; at 256×256 nine with 4096 and nine with 1024) run sparse, the rest exact. Every figure
-is against the dense map of the same noise. PSNR and SSIM take the range of that map as the range of the
-picture, which is stricter than −1..1.
+`adaptive-terrain-diffusion==0.4.2` (PyPI, MIT): a one-step consistency U-Net, 10.5 million parameters,
+noise and a difficulty in, a height field out. 28 self-attention layers with heads of 32; those with at
+least 1024 tokens (nine at 128×128; at 256×256 nine with 4096 and nine with 1024) run sparse, the rest
+exact. Every figure is against the dense map of the same noise. PSNR and SSIM take the range of that map
+as the range of the picture, which is stricter than −1..1.
 
-The evaluator: torch runs the file's nodes (`benchmarks/diffusion/terrain_net.py`). Against onnxruntime on {count} seeds the
-maps differ by at most {worst[128]:.0e} at 128×128 and {worst[256]:.0e} at 256×256 (sizes rewritten; tolerance
-{check["tolerance"]:g}): `{check["command"]}`, {check["device"]}, {check["date"]}.
+The evaluator: torch runs the file's nodes (`benchmarks/diffusion/terrain_net.py`). Against onnxruntime
+on {count} seeds the maps differ by at most {worst[128]:.0e} at 128×128 and {worst[256]:.0e} at 256×256, its sizes
+rewritten (tolerance {check["tolerance"]:g}): `{check["command"]}`, {check["device"]}, {check["date"]}.
 
 {draw(records)}{"".join(section(record) for record in records)}
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Optional
 
 import sparge
 import terrain_methods as methods
@@ -23,6 +24,8 @@ BOUNDS = ("0.01", "0.02", "0.05", "0.1", "0.2", "0.4")
 # The bound at which the effect of a layer is measured.
 PROBED = "0.05"
 DENSE = Config(topk=1.0, pv_gap=math.inf)
+# By layer; None where it is dense.
+Bounds = dict[int, Optional[str]]
 
 
 class Tuned:
@@ -48,7 +51,9 @@ class Tuned:
     def at(self, bound: str) -> Method:
         return methods.own(lambda layer: self.configs[layer, bound])
 
-    def effects(self, net: TerrainNet, samples: list[tuple[Tensor, Tensor]], order: str) -> dict[int, float]:
+    def effects(
+        self, net: TerrainNet, samples: list[tuple[Tensor, Tensor]], order: str
+    ) -> dict[int, float]:
         """PSNR of the map where one layer alone runs as tuned to `PROBED`: of each, the worst."""
         found = {layer: math.inf for layer, bound in self.configs if bound == PROBED}
         sparse = Sparse(self.at(PROBED), order)
@@ -62,8 +67,8 @@ class Tuned:
                 found[one] = min(found[one], compare(net(*sample, attend), exact)[0])
         return found
 
-    def by_effect(self, effects: dict[int, float], sparsity: float, layers: Recorded) -> "dict[int, str | None]":
-        """Each layer's bound, None for dense: the same effect of each, and `sparsity` of them all.
+    def by_effect(self, effects: dict[int, float], sparsity: float, layers: Recorded) -> Bounds:
+        """Each layer's bound: the same effect of each, and `sparsity` of them all.
 
         An error's effect is taken as proportional to it.
         """
@@ -72,8 +77,8 @@ class Tuned:
             for (layer, bound), config in self.configs.items()
         }
 
-        def bounds(psnr: float) -> "dict[int, str | None]":
-            chosen: dict[int, str | None] = {}
+        def bounds(psnr: float) -> Bounds:
+            chosen: Bounds = {}
             for layer, effect in effects.items():
                 fit = [
                     bound
@@ -83,7 +88,7 @@ class Tuned:
                 chosen[layer] = fit[-1] if fit else None
             return chosen
 
-        def reached(chosen: "dict[int, str | None]") -> float:
+        def reached(chosen: Bounds) -> float:
             every = [counts[layer, bound or PROBED].clone() for layer, bound in chosen.items()]
             for x, bound in zip(every, chosen.values()):
                 if bound is None:
@@ -98,7 +103,7 @@ class Tuned:
         """The layer's error at `bound` over that at `PROBED`; a layer that stayed dense has none."""
         return max(self.errors[layer, bound], 1e-6) / max(self.errors[layer, PROBED], 1e-6)
 
-    def of_each(self, bounds: "dict[int, str | None]") -> Method:
+    def of_each(self, bounds: Bounds) -> Method:
         configs = {
             layer: DENSE if bound is None else self.configs[layer, bound]
             for layer, bound in bounds.items()

@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks/diffusi
 from terrain_net import TerrainNet, dense, fetch, heights, sample  # noqa: E402
 
 
-def write(path: str, metres: Tensor) -> None:
-    """A height field lit from the upper left, as PGM."""
-    slope = metres.diff(dim=0)[:, 1:] + metres.diff(dim=1)[1:]
-    grey = (0.55 + 0.9 * slope).clamp(0, 1).mul(255).byte().numpy()
+def write(path: str, metres: Tensor, highest: Tensor) -> None:
+    """A height field as PGM, white at `highest`, which both pictures share."""
+    grey = (metres / highest).clamp(0, 1).mul(255).byte().numpy()
     with open(path, "wb") as file:
         file.write(b"P5 %d %d 255\n" % grey.shape[::-1] + grey.tobytes())
     print(f"wrote {path}")
@@ -56,7 +55,7 @@ def main() -> None:
         begin = time.perf_counter()
         maps[name] = net(noise, difficulty, attend)
         print(f"{name:6} {time.perf_counter() - begin:.1f} s for {arguments.size}×{arguments.size}")
-        write(f"terrain-{name}.pgm", heights(maps[name])[0])
+        write(f"terrain-{name}.pgm", heights(maps[name])[0], heights(maps["dense"]).max())
     extent = maps["dense"].max() - maps["dense"].min()
     error = (maps["sparse"] - maps["dense"]).square().mean()
     print(f"PSNR of sparse against dense: {10 * torch.log10(extent**2 / error):.1f} dB; skipped by layer:")
