@@ -6,6 +6,8 @@
     python benchmarks/diffusion/terrain.py record --side 128 --folder target/terrain
     benchmarks/diffusion/terrain_tune target/terrain                  # sparge tune
     python benchmarks/diffusion/terrain.py measure --side 128 --folder target/terrain
+    python benchmarks/diffusion/terrain_layers.py --side 128          # which prediction, by layer
+    python benchmarks/diffusion/terrain_pictures.py --side 128 --folder target/terrain
     python benchmarks/diffusion/terrain_report.py                     # docs/results/terrain.md, .png
 
 The same for --side 256. `measure` leaves records/terrain-SIDE-DEVICE.json; with --device cuda it needs no

@@ -100,6 +100,18 @@ def by_layer(record: dict) -> str:
     return table(["layer", "tokens", "PSNR, it alone sparse", *settings], lines)
 
 
+def by_prediction(record: dict) -> str:
+    names = list(dict.fromkeys(r["name"] for r in record["rows"]))
+    errors = {(r["layer"], r["name"]): r["rel_l1"] for r in record["rows"]}
+    tokens = {r["layer"]: r["tokens"] for r in record["rows"]}
+    lines = [
+        [str(layer), str(tokens[layer]), *(f"{errors[layer, name]:.4f}" for name in names)]
+        for layer in sorted(tokens)
+    ]
+    text = "\nRelative L1 of each layer with half of its blocks skipped, row order, one tuning seed:\n\n"
+    return f"{text}    {record['command']}\n\n" + table(["layer", "tokens", *names], lines)
+
+
 def draw(records: list[dict]) -> str:
     figure, axes = plt.subplots(1, len(records), figsize=(4.6 * len(records), 4.2), squeeze=False)
     for axis, record in zip(axes[0], records):
@@ -132,6 +144,9 @@ def section(record: dict) -> str:
         text += f"\nAt equal sparsity (matched to {100 * target:.0f}% on the tuning seeds; best first):\n\n"
         text += side_by_side(record, target)
     text += "\nBy layer, in row order (one figure for each head):\n\n" + by_layer(record)
+    layers = HERE / f"records/terrain-{side}-layers.json"
+    if record["name"] == "cpu" and layers.exists():
+        text += by_prediction(json.loads(layers.read_text()))
     picture = f"terrain-{side}.png"
     if record["name"] == "cpu" and (RESULTS / picture).exists():
         text += f"\n![dense, sparse and difference, {side}×{side}]({picture})\n"
