@@ -40,13 +40,13 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// What `sparge tune` tries: θ off, 0.3 and 0.6, twenty values of τ from 0.5 to 0.9999, λ from
+    /// What `sparge tune` tries: θ off, 0.3 and 0.6, 23 values of τ from 0.2 to 0.9999, λ from
     /// 1 to 8.
     #[must_use]
     pub fn tuning(pooling: Pooling) -> Self {
-        const CDF: [f64; 20] = [
-            0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985, 0.99,
-            0.9925, 0.995, 0.9975, 0.999, 0.9999,
+        const CDF: [f64; 23] = [
+            0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.975, 0.98,
+            0.985, 0.99, 0.9925, 0.995, 0.9975, 0.999, 0.9999,
         ];
         Self {
             rankings: [0.0, 0.3, 0.6].map(|theta| Ranking::Predicted { pooling, theta }).to_vec(),
