@@ -92,11 +92,11 @@ def by_layer(record: dict) -> str:
         tokens = (record["side"] // (4 if len(heads) == 2 else 8)) ** 2
         shares = [
             ", ".join(f"{100 * x:.0f}%" for x in rows[name]["layers"][layer])
-            for name in ("default", "tuned", "tuned by effect")
+            for name in ("τ = 0.99", "tuned", "tuned by effect")
         ]
         bound = rows["tuned by effect"]["bounds"][layer]
         lines.append([layer, str(tokens), f"{effect:.1f}", *shares, bound or "dense"])
-    settings = ["default: skipped by head", "tuned", "tuned by effect", "its bound"]
+    settings = ["τ = 0.99: skipped by head", "tuned", "tuned by effect", "its bound"]
     return table(["layer", "tokens", "PSNR, it alone sparse", *settings], lines)
 
 
