@@ -75,6 +75,13 @@ TABLES: dict[str, list[list[str]]] = {
     ],
     # Table 7, with what "perplexity" has at 4096.
     "length": [ppl(["dense", "default"], "1024,2048,8000", "--calibration", "{calibration}")],
+    # Another model, tuned on its own.
+    "qwen": [
+        ppl(["dense", "default", "cdf:0.95", "topk:0.5", "minference:v=30,s=200", "xattention:0.95"],
+            "4096", "--model", "qwen2.5-coder-0.5b", "--calibration", "{calibration}"),
+        ppl(["dense", "default"], "2048,8192,16384", "--model", "qwen2.5-coder-0.5b",
+            "--calibration", "{calibration}"),
+    ],
     # Tables 5 and 10.
     "judge": [
         error([f"cdf:0.9,local=0,lambda=inf,pool={p},theta={t}" for p in ("block", "16x16+2rows")

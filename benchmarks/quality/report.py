@@ -17,13 +17,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "results"
-MODEL = {"smollm2-135m": "SmolLM2-135M-Instruct (Q4_1)"}
+MODEL = {
+    "smollm2-135m": "SmolLM2-135M-Instruct (Q4_1)",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct (Q4_K_M)",
+}
 #: Families of policies: what their names start with, label, colour. The first match counts.
 FAMILIES = [
     ("our prediction, τ", "#1f4e9c"), ("our prediction, top-k", "#7aa6de"),
     ("paper's pooling, τ", "#d1495b"), ("MInference", "#2e933c"), ("FlexPrefill", "#edae49"),
     ("XAttention", "#8f3f97"), ("block-sparse", "#66a182"), ("window", "#888888"),
-    ("random", "#bbbbbb"), ("tuned", "#000000"), ("our prediction, τ, 8 local blocks", "#00a0c0"),
+    ("random", "#bbbbbb"), ("tuned", "#000000"), ("our prediction, τ, no local blocks", "#00a0c0"),
 ]
 
 
@@ -32,11 +35,13 @@ def family(policy: str) -> str | None:
         return None
     if "theta=" in policy or policy == "default,lambda=inf":
         return None
-    if "local=" in policy:
-        ours = policy.endswith("local=8") and "pool=" not in policy
-        return "our prediction, τ, 8 local blocks" if ours else None
     if "pool=128x64" in policy:
-        return "paper's pooling, τ"
+        return "paper's pooling, τ" if policy.endswith("local=0") else None
+    if "pool=" in policy:
+        return None
+    if "local=" in policy:
+        ours = policy.startswith("cdf") and policy.endswith("local=0")
+        return "our prediction, τ, no local blocks" if ours else None
     prefixes = {
         "default": "our prediction, τ", "cdf": "our prediction, τ", "topk": "our prediction, top-k",
         "minference": "MInference", "flexprefill": "FlexPrefill", "xattention": "XAttention",
@@ -150,9 +155,6 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
     for row in rows:
         if row["ppl_change"] is None and row["context"] in dense:
             row["ppl_change"] = row["ppl"] / dense[row["context"]] - 1
-    if name == "local":
-        rows = [r for r in rows if "cdf" in r["policy"] or r["policy"] in ("dense", "default")]
-        rows = [r for r in rows if "theta" not in r["policy"] and r["context"] in (4096, 8000)]
     found = curves([r for r in rows if r["context"] == 4096], "ppl_change")
     figure, axis = plt.subplots(figsize=(7, 4.5))
     plot_curves(axis, found, 100.0)
@@ -184,8 +186,10 @@ def ppl_table(rows: list[dict]) -> str:
 
 
 def report_length(runs: list[dict]) -> tuple[str, str]:
-    every = [r for run in runs for r in run["output"]["results"] if r["policy"] in ("dense", "default")]
-    every.sort(key=lambda r: r["context"])
+    names = ("dense", "default", "tuned")
+    every = [r for run in runs for r in run["output"]["results"] if r["policy"] in names]
+    every = list({(r["context"], r["policy"]): r for r in every}.values())
+    every.sort(key=lambda r: (r["context"], names.index(r["policy"])))
     rows = [r for r in every if r["policy"] == "default"]
     figure, axis = plt.subplots(figsize=(6, 4))
     axis.plot([r["context"] for r in rows], [100 * r["qk_sparsity"] for r in rows], "o-",
@@ -226,9 +230,9 @@ def report_stages(runs: list[dict]) -> tuple[str, str]:
 
 def report_judge(runs: list[dict]) -> tuple[str, str]:
     rows = runs[0]["output"]["results"]
-    groups = {"one mean per block (the paper's)": [], "16x16 and second order": []}
+    groups = {"one mean per block (the paper's)": [], "16×16 means and two samples": []}
     for r in rows:
-        key = "one mean per block (the paper's)" if "pool=128x64" in r["policy"] else "16x16 and second order"
+        key = "one mean per block (the paper's)" if "pool=128x64" in r["policy"] else "16×16 means and two samples"
         groups[key].append(r)
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
     for (label, members), colour in zip(groups.items(), ("#d1495b", "#1f4e9c")):
@@ -248,8 +252,8 @@ def report_judge(runs: list[dict]) -> tuple[str, str]:
          for r in rows],
     )
     judged = [r for r in runs[1]["output"]["results"] if r["policy"] in (
-        "dense", "cdf:0.9,pool=128x64,lambda=inf", "cdf:0.9,pool=128x64,theta=0.3,lambda=inf",
-        "cdf:0.95,pool=128x64,lambda=inf")]
+        "dense", "cdf:0.9,pool=128x64,lambda=inf,local=0", "cdf:0.9,pool=128x64,theta=0.3,lambda=inf,local=0",
+        "cdf:0.95,pool=128x64,lambda=inf,local=0")]
     body += "\nPerplexity, one mean per block:\n\n" + ppl_table(judged)
     return save(figure, "judge"), body
 
@@ -351,6 +355,7 @@ TITLES = {
     "error": "Error against sparsity, by policy",
     "policies": "Perplexity against sparsity, by policy",
     "tuned": "Perplexity with every head's own settings",
+    "qwen": "Qwen2.5-Coder",
     "wikitext": "Perplexity on WikiText-2",
     "length": "Sparsity against length",
     "local": "Blocks before the diagonal, always kept",
@@ -363,9 +368,7 @@ TITLES = {
 #: The records that a page is made of, where not the one of its name.
 RECORDS = {
     "policies": ["perplexity", "local"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
-    "length": ["length", "perplexity"],
-    # Dense and default at 8000 tokens come from "length".
-    "local": ["local", "local2", "length", "perplexity"],
+    "length": ["length", "tuned"],
 }
 #: What the paper has on the same question.
 PAPER = {
@@ -375,6 +378,7 @@ PAPER = {
                 "and FlexPrefill lose quality at 30 to 50%.",
     "tuned": "Table 1, Llama-3.1-8B, 128K: 6.013 dense, 6.020 at 54% sparsity, tuned at relative L1 (0.08, 0.09).",
     "wikitext": "Table 1, Llama-3.1-8B, 128K: 6.013 dense, 6.020 at 54% sparsity (tuned).",
+    "qwen": "Table 7, Llama-3.1-8B at a fixed error bound: 8K 6.8%, 16K 26.4%, 24K 35.7%, 48K 49.8%, 128K 54%.",
     "local": "It keeps what it selects, blocks that are not self-similar, the diagonal and, if asked, the first block.",
     "length": "Llama-3.1-8B at a fixed error bound: 8K 6.8%, 16K 26.4%, 24K 35.7%, 48K 49.8%, 128K 54%.",
     "stages": "Table 6, Llama-3.1-8B at 128K: stage 1 alone 51.2%, stage 2 alone 27.7%, both 54%.",

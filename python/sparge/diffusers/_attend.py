@@ -88,7 +88,9 @@ def _joint(
     text_out = dense(query[:, :, rows.start : rows.end], key, value, None, scale)
     image = slice(rows.end, None) if rows.start == 0 else slice(0, rows.start)
     image_out = attend(query[:, :, image], key, value, **options)
-    return torch.cat([text_out, image_out] if rows.start == 0 else [image_out, text_out], dim=2)
+    parts = [text_out, image_out] if rows.start == 0 else [image_out, text_out]
+    # In memory tokens before heads: what the caller projects is then a view.
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 _Valid = Union[slice, Tensor]
