@@ -154,6 +154,13 @@ def test_exact_calls_are_left_alone() -> None:
     assert torch.equal(bench(0, few)[0], sparge.attention(*few, scale=0.2, config=CONFIG))
 
 
+def test_gradients_are_refused_with_reuse_too() -> None:
+    model, inputs = models.wan()
+    with torch.enable_grad(), sparge.diffusers.enable(model, topk=0.4, reuse_mask=2):
+        with pytest.raises(sparge.SpargeError, match="requires gradients"):
+            run(model, inputs)
+
+
 def test_a_pipeline_reuses_within_a_run() -> None:
     model, inputs = models.flux()
     model.eval()

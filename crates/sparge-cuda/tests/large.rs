@@ -190,7 +190,7 @@ fn threads_do_not_disturb_one_another() {
     });
 }
 
-/// The default configuration on the fast path: the general path's selection, the fast attention.
+/// The default configuration on the fast path: either path's selection, the fast attention.
 #[test]
 fn the_default_configuration_is_fast() {
     let Some(gpu) = gpu() else { return };

@@ -61,6 +61,8 @@ class Enabled:
         self._steps = Steps()
         self._config = config
         self._dense_steps = dense_steps
+        # Noted once per pass: compiled blocks guard on what they read, and steps are many.
+        self._is_dense_step = dense_steps > 0
         self._dense_layers = dense_layers
         self._calibration = calibration
         self._order = order
@@ -80,7 +82,7 @@ class Enabled:
 
     def config_of(self, layer: int) -> Optional[Config]:
         """The settings of a layer at the current step; None where it is dense."""
-        if self._is_dense_step() or layer in self._dense_layers:
+        if self._is_dense_step or layer in self._dense_layers:
             return None
         if self._calibration is None:
             return self._config
@@ -104,9 +106,6 @@ class Enabled:
     def __exit__(self, *exception: Any) -> None:
         self.disable()
 
-    def _is_dense_step(self) -> bool:
-        return self.step < self._dense_steps
-
     def _attach(self, transformer: torch.nn.Module) -> None:
         if transformer in _enabled:
             raise SpargeError(
@@ -124,8 +123,7 @@ class Enabled:
         passes = Passes(self._steps)
         self._watch(transformer, passes)
         if self._order != "row":
-            ordered = Ordered(transformer, model, self._order, lambda: not self._is_dense_step())
-            self._undo += ordered.attach()
+            self._undo += Ordered(transformer, model, self._order).attach()
         for index, module in modules:
             layer = Layer(self, index, model, self._attend_of(passes))
             if model.processor is not None:
@@ -172,6 +170,7 @@ class Enabled:
             text = given.get("encoder_hidden_states")
             self.text_len = 0 if text is None else int(text.shape[1])
             self._steps.follow()
+            self._is_dense_step = self.step < self._dense_steps
             passes.begin()
             parallel = getattr(transformer, "_parallel_config", None)
             if getattr(parallel, "context_parallel_config", None) is not None:
@@ -204,7 +203,8 @@ def enable(
     """Makes the self-attention of a diffusers pipeline or transformer sparse.
 
     * ``topk``, ``cdf``, ``theta``, ``pv_gap``, ``policy``, …: the fields of ``sparge.Config``, or a
-      whole ``config``. Left to the defaults, short sequences (2048 tokens on the CPU, 4096 on a GPU) stay exact.
+      whole ``config``. Left to the defaults, short sequences (2048 tokens on the CPU, 4096 on a GPU)
+      stay exact.
     * ``dense_steps``: denoising steps at the start that stay dense. A pipeline counts them by its
       scheduler; with a bare transformer set ``handle.step``.
     * ``dense_layers``: the first so many blocks, or the indices of blocks, that stay dense.
@@ -214,9 +214,11 @@ def enable(
       :func:`sparge.token_order`. Tokens and what belongs to them are put in order once per forward
       pass and back at its end; text stays. The default moves nothing because settings and
       calibrations hold for the order they were found in; ``"hilbert"`` makes blocks compact, so that
-      more can be skipped at the same error.
+      more can be skipped at the same error. Dense steps are in order too.
     * ``reuse_mask``: denoising steps that one prediction of the blocks serves, or a :class:`Reuse`,
-      which also says when a mask is made anew before. Default: every step predicts. A mask takes
+      which also says when a mask is made anew before. Default: every step predicts. It decides on
+      the host: compiled models break their graph at each attention call, and CUDA graphs are refused.
+      One pass of a transformer at a time. A mask takes
       batch · heads · tokens² / 8192 bytes for each layer and each forward pass of a step.
 
     Returns the handle whose ``disable()`` restores the model; it is a context manager too.

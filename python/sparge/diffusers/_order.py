@@ -9,6 +9,7 @@ residuals of a ControlNet. `_grids` says what that is in each architecture.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -45,15 +46,19 @@ class Permutation:
         return cls(indices.to(device), indices.argsort().to(device))
 
 
-class Ordered:
-    """Hooks on one transformer that put its tokens in ``order``.
+class _Pass(threading.local):
+    """A thread's running forward pass: its boxes and permutation; None outside."""
 
-    ``is_wanted`` is asked before each forward pass; where it says no, nothing is moved.
+    boxes: "tuple[Box, ...]" = ()
+    now: Optional[Permutation] = None
+
+
+class Ordered:
+    """Hooks on one transformer that put its tokens in ``order``, in dense steps too: what a cache keeps
+    from one step to the next would otherwise be of two orders.
     """
 
-    def __init__(
-        self, transformer: Any, model: Model, order: str, is_wanted: "Callable[[], bool]"
-    ) -> None:
+    def __init__(self, transformer: Any, model: Model, order: str) -> None:
         kind = type(transformer).__name__
         if kind not in LAYOUTS:
             raise SpargeError(
@@ -62,14 +67,11 @@ class Ordered:
             )
         self._order = order
         self._layout = LAYOUTS[kind]
-        self._is_wanted = is_wanted
         self._transformer = transformer
         self._names = list(inspect.signature(transformer.forward).parameters)
         self._first_list = model.blocks[0]
         self._known: dict[Any, Permutation] = {}
-        self._boxes: tuple[Box, ...] = ()
-        #: Of the running forward pass; None outside, and where nothing is to be moved.
-        self._now: Optional[Permutation] = None
+        self._pass = _Pass()
         self._hooked = self._modules()
 
     def attach(self) -> "list[Callable[[], None]]":
@@ -94,18 +96,16 @@ class Ordered:
 
     def _begin(self, _: Any, args: "tuple[Any, ...]", kwargs: Inputs) -> Any:
         """The permutation of this pass, and the inputs that go along."""
-        self._now = None
-        if not self._is_wanted():
-            return None
+        self._pass.now = None
         given = dict(zip(self._names, args), **kwargs)
         self._check(given)
-        self._boxes = self._layout.boxes(self._transformer, given)
-        about = (self._boxes, given["hidden_states"].device)
+        boxes = self._pass.boxes = self._layout.boxes(self._transformer, given)
+        about = (boxes, given["hidden_states"].device)
         if about not in self._known:
             if len(self._known) >= 8:
                 self._known.clear()
             self._known[about] = Permutation.of(self._order, *about)
-        self._now = self._known[about]
+        self._pass.now = self._known[about]
         moved = {
             name: self._along(name, given[name], dim)
             for name, dim in self._layout.inputs.items()
@@ -132,7 +132,7 @@ class Ordered:
                 )
 
     def _enter(self, _: Any, args: "tuple[Any, ...]", kwargs: Inputs) -> Any:
-        if self._now is None:
+        if self._pass.now is None:
             return None
         if "hidden_states" in kwargs:
             tokens = self._placed("the first block's input", kwargs["hidden_states"], 1)
@@ -141,17 +141,18 @@ class Ordered:
 
     def _turn(self, _: Any, args: Any, tables: "tuple[Tensor, ...]") -> Any:
         rope = self._layout.rope
-        if self._now is None or rope is None:
+        if self._pass.now is None or rope is None:
             return None
         turned = (self._placed("a rotary table", x, rope.dim) for x in tables[: rope.tables])
         return (*turned, *tables[rope.tables :])
 
     def _leave(self, _: Any, args: Any, out: Tensor) -> Any:
         """After the projection, which works on each token for itself: there is less to move."""
-        return None if self._now is None else _take(out, 1, self._now.inverse)
+        now = self._pass.now
+        return None if now is None else _take(out, 1, now.inverse)
 
     def _end(self, *_: Any) -> None:
-        self._now = None
+        self._pass.now = None
 
     def _along(self, name: str, x: Any, dim: int) -> Any:
         """An input with what belongs to tokens in their order; what is one for all stays."""
@@ -161,14 +162,15 @@ class Ordered:
         return x if is_for_all else self._placed(name, x, dim)
 
     def _placed(self, name: str, x: Tensor, dim: int) -> Tensor:
-        assert self._now is not None
-        if x.shape[dim] != len(self._now.indices):
+        now = self._pass.now
+        assert now is not None
+        if x.shape[dim] != len(now.indices):
             raise SpargeError(
                 f"{name} has {x.shape[dim]} tokens (shape {tuple(x.shape)}), expected "
-                f"{len(self._now.indices)}: boxes {', '.join(map(str, self._boxes))} of (frames, "
+                f"{len(now.indices)}: boxes {', '.join(map(str, self._pass.boxes))} of (frames, "
                 "rows, columns); leave order at 'row' for inputs of another layout"
             )
-        return _take(x, dim, self._now.indices)
+        return _take(x, dim, now.indices)
 
 
 def _take(x: Tensor, dim: int, indices: Tensor) -> Tensor:

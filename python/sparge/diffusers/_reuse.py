@@ -80,8 +80,7 @@ class _Share:
         if value.is_cuda:
             self._host = torch.empty((), dtype=value.dtype, pin_memory=True)
             self._host.copy_(value, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record()
+            self._done = torch.cuda.current_stream(value.device).record_event()
 
     def read(self) -> float:
         if self._done is not None:
@@ -122,6 +121,7 @@ class Masks:
     ) -> Tensor:
         """`sparge.attention`, with an earlier step's mask where there is one that still holds."""
         place = self._place()
+        _torch._check(query, key, value, 0.0, False, None, False, "HND")
         if _predicts_nothing(config, query, key):
             options: Any = {"config": config, "scale": scale, "keep_keys": keep_keys}
             return attention(query, key, value, **options)  # type: ignore[no-any-return]

@@ -43,33 +43,16 @@ class Steps:
         self._scheduler = scheduler
         if scheduler is None:
             return
-        before = {name: vars(scheduler).get(name) for name in ("step", "set_timesteps")}
-        step, begin = scheduler.step, scheduler.set_timesteps
-
-        @functools.wraps(step)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self._step += 1
-            return step(*args, **kwargs)
-
-        @functools.wraps(begin)
-        def begun(*args: Any, **kwargs: Any) -> Any:
-            self._begin()
-            return begin(*args, **kwargs)
-
-        def restore() -> None:
-            for name, value in before.items():
-                if value is None:
-                    vars(scheduler).pop(name, None)
-                else:
-                    setattr(scheduler, name, value)
-
-        scheduler.step, scheduler.set_timesteps = counted, begun
-        self._undo.append(restore)
+        for name, note in (("step", self._count), ("set_timesteps", self._begin)):
+            self._undo.append(_Noted(scheduler, name, note).restore)
 
     def release(self) -> Optional[BaseException]:
         """Restores the scheduler; what went wrong."""
         self._pipe = self._scheduler = None
         return run_all(self._undo)
+
+    def _count(self) -> None:
+        self._step += 1
 
     def _begin(self) -> None:
         self.run += 1
@@ -94,6 +77,36 @@ class Passes:
         self.index = self.index + 1 if at == self._at else 0
         self._at = at
         self.count += 1
+
+
+class _Noted:
+    """A method of ``owner`` with ``note`` called before it, until :meth:`restore`."""
+
+    def __init__(self, owner: Any, name: str, note: Callable[[], None]) -> None:
+        self._owner, self._name, self._note = owner, name, note
+        self._own, method = vars(owner).get(name), getattr(owner, name)
+        self._is_live = True
+
+        @functools.wraps(method)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if self._is_live:
+                self._note()
+            return method(*args, **kwargs)
+
+        marked: Any = noted
+        marked.by = self
+        setattr(owner, name, marked)
+
+    def restore(self) -> None:
+        """Puts the method back, and all below it that were to be put back while this one lay above."""
+        self._is_live = False
+        own = vars(self._owner).get(self._name)
+        while isinstance(by := getattr(own, "by", None), _Noted) and not by._is_live:
+            own = by._own
+        if own is None:
+            vars(self._owner).pop(self._name, None)
+        else:
+            setattr(self._owner, self._name, own)
 
 
 def run_all(undo: "list[Callable[[], None]]") -> Optional[BaseException]:
