@@ -78,8 +78,7 @@ fn foreign_masks_are_intersected_with_the_calls_own() {
 fn masks_at_no_address_are_refused() {
     let Some(gpu) = gpu() else { return };
     let mut p = Problem::new("refused", [1, 2, 1, 500, 2000, 64, 64], DType::Bf16);
-    p.config =
-        SpargeConfig { selection: Selection::TopK(0.3).into(), ..SpargeConfig::default() };
+    p.config = SpargeConfig { selection: Selection::TopK(0.3).into(), ..SpargeConfig::default() };
     for cuda in [CudaOptions::default(), general()] {
         p.cuda = cuda;
         let b = Buffers::new(&p, &gpu);

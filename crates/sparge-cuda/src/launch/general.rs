@@ -112,9 +112,7 @@ impl General {
         let mut call = self.call(inputs, at);
         let shared = SAMPLE_ROWS * call.sample_pitch as usize;
         // SAFETY: as in `quantize`.
-        unsafe {
-            enqueue(kernel, [self.samplers as u32, 1], THREADS, shared, stream, &mut call)
-        }
+        unsafe { enqueue(kernel, [self.samplers as u32, 1], THREADS, shared, stream, &mut call) }
     }
 
     /// Where `sample` leaves shares; 0: nowhere.
