@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sparge
+
 Tensor = torch.Tensor
 HEAD_DIM = 64
 #: attend(layer, query, key, value) on [batch, heads, tokens, 64].
@@ -158,53 +160,7 @@ def sample(model: DiT, noise: Tensor, names: Tensor, steps: int, begin: Callable
     return x
 
 
-def hilbert(grid: tuple[int, int, int]) -> Tensor:
-    """Row-major places along a Hilbert curve over equal powers of two, by Skilling's transform.
-
-    More frames than that become several cubes, one after the other.
-    """
-    t, h, w = grid
-    if t > h and t % h == 0:
-        cube = hilbert((h, h, w))
-        return torch.cat([cube + at * len(cube) for at in range(t // h)])
-    axes = [n for n in grid if n > 1]
-    bits = max(axes).bit_length() - 1
-    if any(n != 1 << bits for n in axes):
-        raise ValueError(f"the grid is {grid}, expected equal powers of two")
-    dims = len(axes)
-    place = torch.arange(math.prod(axes))
-    at = []
-    for n in reversed(axes):
-        at.insert(0, place % n)
-        place = place // n
-    for bit in range(bits - 1, 0, -1):
-        q = 1 << bit
-        for i in range(dims):
-            is_set = (at[i] & q) != 0
-            swap = torch.where(is_set, 0, (at[0] ^ at[i]) & (q - 1))
-            at[0] = torch.where(is_set, at[0] ^ (q - 1), at[0] ^ swap)
-            at[i] = at[i] ^ (swap if i else 0)
-    for i in range(1, dims):
-        at[i] = at[i] ^ at[i - 1]
-    flip = torch.zeros_like(at[0])
-    for bit in range(bits - 1, 0, -1):
-        flip = torch.where((at[-1] & (1 << bit)) != 0, flip ^ ((1 << bit) - 1), flip)
-    at = [x ^ flip for x in at]
-    index = torch.zeros_like(at[0])
-    for bit in range(bits - 1, -1, -1):
-        for x in at:
-            index = (index << 1) | ((x >> bit) & 1)
-    return index.argsort()
-
-
 def orders(grid: tuple[int, int, int]) -> dict[str, Tensor]:
     """The orders to compare; each a permutation of row-major places."""
-    places = torch.arange(math.prod(grid)).view(grid)
-    generator = torch.Generator().manual_seed(0)
-    found = {
-        "row": places.flatten(), "column": places.permute(0, 2, 1).flatten(), "hilbert": hilbert(grid),
-        "random": torch.randperm(math.prod(grid), generator=generator),
-    }  # fmt: skip
-    if grid[0] > 1:
-        found["time"] = places.permute(1, 2, 0).flatten()
-    return found
+    names = ["row", "column", "hilbert", "random"] + (["time"] if grid[0] > 1 else [])
+    return {name: torch.frombuffer(sparge.token_order(name, grid), dtype=torch.int64) for name in names}

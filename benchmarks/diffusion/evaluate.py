@@ -104,7 +104,7 @@ class Evaluation:
             return None
         try:
             way = make()
-            row["attention_l1"] = None if isinstance(way, Reused) else self.attention_l1(way)
+            row["attention_l1"] = self.attention_l1(way) if way.is_alike_in_all_steps else None
             way.reset()
             tokens, row["seconds"] = self.generate(way)
             pixels = self.pixels(tokens)
@@ -141,7 +141,6 @@ class Evaluation:
             self.breakdown(found["way"])
         row("untuned, cdf 0.99", lambda: Sparge(sparge.Config(cdf=0.99)), group="ours")
         row("untuned, cdf 0.95", lambda: Sparge(sparge.Config(cdf=0.95)), group="ours")
-        row("tuned, stage 1 alone", lambda: Sparge([c.override(pv_gap=math.inf) for c in self.tuned]), group="ours")
         dense_steps = max(1, self.steps // 5)
         row(f"tuned, first {dense_steps} steps dense", lambda: Sparge(self.tuned, dense_steps), group="ours")
         row("tuned, masks reused for 4 steps", lambda: Reused(self.tuned, 4), group="ours")

@@ -5,7 +5,7 @@
     python benchmarks/diffusion/train.py image --data DIRECTORY/images.npz --out OUT
 
 Writes OUT/KIND.json, contact sheets OUT/KIND-*.png and the weights in bf16, OUT/KIND-weights-*.
-The model is small and sees a few hundred pictures many times: it memorises them. What is measured is
+The model is small and sees a few hundred pictures many times: it could memorise them, given longer. What is measured is
 how far sparse attention moves its samples, not how good they are. `--tiny --device cpu` tries every path.
 """
 

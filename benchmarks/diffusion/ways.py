@@ -17,6 +17,9 @@ Tensor = torch.Tensor
 class Way:
     """``way(layer, q, k, v)``; knows the step, and the share of the blocks that it computed."""
 
+    #: Whether one call by itself is what every step does, so that its error says something.
+    is_alike_in_all_steps = True
+
     def __init__(self) -> None:
         self.step = 0
         self.reset()
@@ -71,6 +74,7 @@ class Sparge(Way):
     def __init__(self, config: sparge.Config | Sequence[sparge.Config], dense_steps: int = 0) -> None:
         super().__init__()
         self.config, self.dense_steps = config, dense_steps
+        self.is_alike_in_all_steps = dense_steps == 0
 
     def at(self, layer: int) -> sparge.Config:
         return self.config if isinstance(self.config, sparge.Config) else self.config[layer]
@@ -98,10 +102,11 @@ class Masked(Way):
 
 
 class Reused(Sparge):
-    """The masks of every so many steps, for the steps between as well."""
+    """The masks of every so many steps, for the steps between as well; no drift check."""
 
     def __init__(self, config: sparge.Config | Sequence[sparge.Config], steps: int) -> None:
         super().__init__(config)
+        self.is_alike_in_all_steps = False
         self.steps = steps
         self.masks: dict[int, Tensor] = {}
 

@@ -1,7 +1,7 @@
 """A trained diffusion model draws terrain on the CPU, dense and sparse, and both pictures are written.
 
     pip install "sparge[torch]" numpy
-    python examples/terrain_unet.py --size 256 --cdf 0.9
+    python python/examples/terrain_unet.py --size 256 --cdf 0.9
 
 The model is the one-step consistency U-Net of `adaptive-terrain-diffusion` (PyPI, MIT; 39 MB, fetched
 by pip once, or given as --model). `benchmarks/diffusion/terrain_net.py`, which this needs from the
