@@ -232,7 +232,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lib", action="append", required=True, help="[name=]path of libcapi.so")
     parser.add_argument("--shapes", default="mochi,cogvideox,flux,sd35,llama8k,llama32k,llama128k")
-    parser.add_argument("--keep", default="1,0.5,0.15", 
+    parser.add_argument("--keep", default="1,0.5,0.15",
                         help="shares of blocks; suffix b: block pooling, s: 16x16 means alone")
     parser.add_argument("--reps", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)

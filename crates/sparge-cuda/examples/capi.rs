@@ -24,7 +24,7 @@ pub struct Call {
     causal: i32,
     /// 0: all, 1: TopK, 2: TopCdf.
     selection: i32,
-    /// 0: 16×16 sub-blocks, 1: whole blocks.
+    /// 0: 16×16 means, 1: whole blocks, 2: the default, 16×16 means and two sampled queries.
     pooling: i32,
     /// 0: HND, 1: NHD, all tensors contiguous.
     layout: i32,
