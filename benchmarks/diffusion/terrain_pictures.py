@@ -16,7 +16,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-import terrain_methods as methods  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from terrain import recorded  # noqa: E402

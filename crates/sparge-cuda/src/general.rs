@@ -308,14 +308,15 @@ impl General {
             let attend = load(self.attend_spec())?;
             self.kernels.attend = Some(attend);
         }
-        let chunk = (BLOCK_Q / self.pooling.q_rows).max(32) * self.pooling.q_rows / BLOCK_Q;
-        let chunks = self.tables.longest[0].div_ceil(chunk);
-        let items = self.tables.sequences.len() * self.shape.num_qo_heads * chunks;
-        self.choosers = items.min(2 * device.multiprocessors());
-        let chunk = (SAMPLE_ROWS / self.pooling.sampled_rows.max(1)).max(1);
-        let chunks = self.tables.longest[0].div_ceil(chunk);
-        let items = self.tables.sequences.len() * self.shape.num_qo_heads * chunks;
-        self.samplers = items.min(2 * device.multiprocessors());
+        let rows = self.tables.sequences.len() * self.shape.num_qo_heads;
+        // Thread blocks that share items of so many query blocks each.
+        let thread_blocks = |query_blocks: usize| {
+            let items = rows * self.tables.longest[0].div_ceil(query_blocks);
+            items.min(2 * device.multiprocessors())
+        };
+        let subs = BLOCK_Q / self.pooling.q_rows;
+        self.choosers = thread_blocks(subs.max(32) / subs);
+        self.samplers = thread_blocks((SAMPLE_ROWS / self.pooling.sampled_rows.max(1)).max(1));
         self.layout = Layout::new(&self, selects)?;
         Ok(self)
     }
