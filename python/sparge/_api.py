@@ -48,6 +48,7 @@ def attention(
     window: Window = None,
     key_lengths: Union[Any, Sequence[int], None] = None,
     keep_keys: Optional[tuple[tuple[int, int], ...]] = None,
+    keep_queries: Optional[tuple[tuple[int, int], ...]] = None,
     return_lse: bool = False,
     return_stats: bool = False,
     config: Optional[Config] = None,
@@ -70,7 +71,8 @@ def attention(
     * ``key_lengths`` ``[batch]``, integers: the first so many keys of each batch entry are valid. They
       are needed on the host: a GPU tensor is copied there, for which the host waits.
     * ``keep_keys``: token ranges ``((from, to), …)`` whose key blocks every query attends,
-      whatever is predicted (text tokens of a diffusion transformer).
+      whatever is predicted (text tokens of a diffusion transformer). ``keep_queries``: ranges whose
+      query blocks attend every key block they can reach.
 
     Returns the output, or a tuple of it and what was asked for: ``return_lse`` the log-sum-exp
     ``[batch, heads, q_len]`` float32 (natural log), ``return_stats`` a :class:`Stats`.
@@ -87,7 +89,7 @@ def attention(
     if (
         topk is None and cdf is None and theta is None and pv_gap is None and policy is None
         and window is None and key_lengths is None and keep_keys is None
-        and config is None and calibration is None
+        and keep_queries is None and config is None and calibration is None
         and layout == "HND"
         and not (return_lse or return_stats or dropout_p)
     ):  # fmt: skip
@@ -107,7 +109,7 @@ def attention(
         return _torch.attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             topk, cdf, theta, pv_gap, policy, layout, causal_alignment, window, key_lengths,
-            keep_keys, None, return_lse, return_stats, config, fallback,
+            keep_keys, keep_queries, None, return_lse, return_stats, config, fallback,
         )  # fmt: skip
     from . import _arrays
 
@@ -128,6 +130,7 @@ def attention(
             window=window,
             key_lengths=key_lengths,
             keep_keys=keep_keys,
+            keep_queries=keep_queries,
             return_lse=return_lse,
             return_stats=return_stats,
         ),
@@ -166,7 +169,7 @@ def block_sparse_attention(
         return _torch.attention(
             query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa,
             None, None, None, None, None, layout, causal_alignment, window, key_lengths,
-            None, mask, return_lse, return_stats, config, None,
+            None, None, mask, return_lse, return_stats, config, None,
         )  # fmt: skip
     from . import _arrays
 

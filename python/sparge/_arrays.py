@@ -38,6 +38,7 @@ class Options:
     window: Optional[tuple[Optional[int], Optional[int]]] = None
     key_lengths: Any = None
     keep_keys: Optional[Sequence[tuple[int, int]]] = None
+    keep_queries: Optional[Sequence[tuple[int, int]]] = None
     return_lse: bool = False
     return_stats: bool = False
 
@@ -235,6 +236,7 @@ class _Call:
                 causal=options.causal,
                 window=options.window,
                 keep_keys=options.keep_keys,
+                keep_queries=options.keep_queries,
             )
         )
 

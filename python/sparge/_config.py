@@ -199,6 +199,7 @@ def settings_text(
     window: Optional[tuple[Optional[int], Optional[int]]] = None,
     sink_blocks: int = 0,
     keep_keys: Optional[Sequence[tuple[int, int]]] = None,
+    keep_queries: Optional[Sequence[tuple[int, int]]] = None,
 ) -> str:
     """All settings of a call. The layout comes first: operators look for it."""
     words = ["layout=" + layout]
@@ -216,8 +217,9 @@ def settings_text(
         words.append(f"window={_side(left)},{_side(right)}")
     if sink_blocks:
         words.append(f"sink_blocks={int(sink_blocks)}")
-    if keep_keys:
-        words.append("keep_keys=" + ",".join(f"{int(a)}:{int(b)}" for a, b in keep_keys))
+    for name, kept in (("keep_keys", keep_keys), ("keep_queries", keep_queries)):
+        if kept:
+            words.append(name + "=" + ",".join(f"{int(a)}:{int(b)}" for a, b in kept))
     text = config.text()
     return " ".join(words) + (" " + text if text else "")
 

@@ -122,16 +122,16 @@ class _Call:
         self.held.append(packed)
         return packed.data_ptr(), packed.shape, packed.stride()  # type: ignore[return-value]
 
-    def run(self, out: Tensor, lse: int, stats: int, keep_keys: str) -> None:
-        """Enqueues the operator, and what `keep_keys` asks for between its two stages."""
+    def run(self, out: Tensor, lse: int, stats: int, settings: str) -> None:
+        """Enqueues the operator, and what `keep_keys` and `keep_queries` ask for between its two stages."""
         _, at = _raw(out)
         tensors = (self.stream, self.q, self.k, self.v)
         with _on(self.device):
-            if not keep_keys or not self.kind.predicts:
+            if " keep_" not in settings or not self.kind.predicts:
                 self.kind.forward(*tensors, at, lse, stats, self.masks, self.workspace.data_ptr())
                 return
             words = self.select()
-            words |= _kept_words(self.device, words.shape[3], keep_keys)
+            _keep_more(words, settings)
             self.kind.attend(
                 *tensors, at, lse, stats, self.masks, words.data_ptr(), self.workspace.data_ptr()
             )
@@ -247,25 +247,40 @@ def unpack(words: Tensor, kv_blocks: int) -> Tensor:
 _kept: dict[Any, Tensor] = {}
 
 
-def _kept_words(device: torch.device, words: int, keep_keys: str) -> Tensor:
-    """The words whose set bits are the blocks of ``from:to,…`` tokens, kept on the device."""
-    about = (device.index, words, keep_keys)
+def _keep_more(words: Tensor, settings: str) -> None:
+    """Sets, in a mask's words, the blocks that the settings keep whatever is predicted."""
+    keys, queries = (_setting(settings, name) for name in ("keep_keys=", "keep_queries="))
+    if not (keys or queries):
+        return
+    about = (words.device.index, words.shape[2:], keys, queries)
     found = _kept.get(about)
     if found is None:
-        bits = 0
-        for part in keep_keys.split(","):
-            start, end = (int(x) for x in part.split(":"))
-            first, last = start // 64, min(-(-end // 64), words * 32)
-            bits |= (1 << max(first, last)) - (1 << first)
-        values = [bits >> (32 * i) & 0xFFFFFFFF for i in range(words)]
-        signed = [x - (1 << 32) if x >> 31 else x for x in values]
-        found = _kept[about] = torch.tensor(signed, dtype=torch.int32, device=device)
-    return found
+        if len(_kept) > 1024:
+            _kept.clear()
+        found = _kept[about] = _kept_words(words, keys, queries)
+    words |= found
 
 
-def _keep_keys(settings: str) -> str:
-    at = settings.find("keep_keys=")
-    return settings[at + 10 :].split(" ", 1)[0] if at >= 0 else ""
+def _kept_words(words: Tensor, keys: str, queries: str) -> Tensor:
+    """``[q_blocks, words]``: the blocks of ``from:to,…`` keys in every row, all blocks in the rows of
+    ``from:to,…`` queries."""
+    _, _, rows, width = words.shape
+    kept = torch.zeros(1, 1, rows, width * 32, dtype=torch.bool)
+    for start, end in _ranges(keys):
+        kept[..., start // 64 : -(-end // 64)] = True
+    for start, end in _ranges(queries):
+        kept[:, :, start // 128 : -(-end // 128)] = True
+    return pack(kept, width)[0, 0].to(words.device)
+
+
+def _ranges(text: str) -> "list[tuple[int, int]]":
+    pairs = (part.split(":") for part in text.split(",") if part)
+    return [(int(start), int(end)) for start, end in pairs]
+
+
+def _setting(settings: str, name: str) -> str:
+    at = settings.find(" " + name)
+    return settings[at + 1 + len(name) :].split(" ", 1)[0] if at >= 0 else ""
 
 
 def attention(
@@ -280,7 +295,7 @@ def attention(
     """``sparge::attention`` on CUDA."""
     call = _Call(query, key, value, attn_mask, block_mask, kv_lens, settings)
     out = query.new_empty(out_shape(query, value))
-    call.run(out, 0, 0, _keep_keys(settings))
+    call.run(out, 0, 0, settings)
     return out
 
 
@@ -299,7 +314,7 @@ def attention_full(
     out = query.new_empty(out_shape(query, value))
     lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
     counts = query.new_empty((batch, heads, 4), dtype=torch.int64)
-    call.run(out, lse.data_ptr(), counts.data_ptr(), _keep_keys(settings))
+    call.run(out, lse.data_ptr(), counts.data_ptr(), settings)
     return out, lse, counts
 
 
@@ -314,12 +329,10 @@ def predict(
     """``sparge::predict`` on CUDA."""
     call = _Call(query, key, key, attn_mask, block_mask, kv_lens, settings)
     shape = mask_shape(query, key, settings)
-    keep_keys = _keep_keys(settings)
     if not call.kind.predicts:
         return _reachable(query, key, attn_mask, block_mask, kv_lens, settings)
     found = call.select()
-    if keep_keys:
-        found |= _kept_words(query.device, found.shape[3], keep_keys)
+    _keep_more(found, settings)
     return unpack(found, shape[3]).contiguous()
 
 

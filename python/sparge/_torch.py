@@ -48,6 +48,7 @@ def _settings(
     causal: Optional[str],
     window: Window,
     keep_keys: Any,
+    keep_queries: Any,
     is_short: bool,
 ) -> tuple[str, str]:
     """The settings' text, and what they leave open: `AUTO`, `EXACT` or nothing."""
@@ -58,7 +59,8 @@ def _settings(
     if is_short and config.is_default():
         config = DENSE  # on a GPU its arithmetic as well: the default one is int8
     text = settings_text(
-        config, layout=layout, scale=scale, causal=causal, window=window, keep_keys=keep_keys
+        config, layout=layout, scale=scale, causal=causal, window=window, keep_keys=keep_keys,
+        keep_queries=keep_queries,
     )
     if config.is_default() or config is DENSE:
         return text, AUTO
@@ -115,6 +117,7 @@ def attention(
     window: Window,
     key_lengths: Union[Tensor, Sequence[int], None],
     keep_keys: Any,
+    keep_queries: Any,
     block_mask: Optional[Tensor],
     return_lse: bool,
     return_stats: bool,
@@ -129,7 +132,7 @@ def attention(
             query, key, value,
             attn_mask if attn_mask is None or attn_mask.ndim < 3 else attn_mask.unsqueeze(-3),
             dropout_p, is_causal, scale, enable_gqa, topk, cdf, theta, pv_gap, policy, layout,
-            causal_alignment, window, key_lengths, keep_keys, block_mask, return_lse, return_stats,
+            causal_alignment, window, key_lengths, keep_keys, keep_queries, block_mask, return_lse, return_stats,
             config, fallback,
         )  # fmt: skip
         return _without_heads(one, layout, return_lse)
@@ -144,14 +147,14 @@ def attention(
     is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO)
     text, leaves = _kept_settings(
         config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys,
-        is_short,
+        keep_queries, is_short,
     )  # fmt: skip
     try:
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
         _same_device(query, block_mask, "block_mask")
         query, key, value = _one_batch(query, key, value)
         if leaves and _is_short(query, q_len, kv_len, leaves):
-            extras = return_lse or return_stats or window or keep_keys
+            extras = return_lse or return_stats or window or keep_keys or keep_queries
             plain = not extras and block_mask is None and key_lengths is None
             if plain and (causal != "bottom_right" or q_len == kv_len):
                 # The crossover: below it the default is exact attention, and SDPA is exact.
@@ -453,7 +456,7 @@ def predict(
     q_len, kv_len = _lens(query, key, layout)
     text, _ = _settings(
         kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
-        causal, window, None,
+        causal, window, None, None,
         _is_short(query, q_len, kv_len, AUTO),
     )  # fmt: skip
     query, key, _ = _one_batch(query, key, key)

@@ -12,6 +12,7 @@ use sparge::{
     AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, BlockMask, Element, ElementMask, Layout,
     Lengths, Plan, Selection, Side,
 };
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// Tensors beside q, k and v. All are on the CPU; addresses of 0 stand for none.
@@ -158,7 +159,7 @@ impl Call<'_> {
         out: &mut [T],
     ) -> sparge::Result<Side> {
         match &self.settings.policy {
-            _ if !self.settings.keep_keys.is_empty() => {}
+            _ if self.settings.keeps_more() => {}
             Some(policy) => return policy::forward(plan, &x.q, &x.k, &x.v, policy, out),
             None => return sparge::forward(plan, &x.q, &x.k, &x.v, out),
         }
@@ -183,17 +184,17 @@ impl Call<'_> {
             None => sparge::predict(plan, &x.q, &x.k)?,
         };
         let [sequences, heads, q_blocks, kv_blocks] = mask.shape();
-        let blocks: Vec<usize> = self
-            .settings
-            .keep_keys
-            .iter()
-            .flat_map(|keys| keys.start / BLOCK_KV..keys.end.div_ceil(BLOCK_KV).min(kv_blocks))
-            .collect();
+        let blocks = |tokens: &[Range<usize>], size: usize, count: usize| -> Vec<usize> {
+            let of = |x: &Range<usize>| x.start / size..x.end.div_ceil(size).min(count);
+            tokens.iter().flat_map(of).collect()
+        };
+        let columns = blocks(&self.settings.keep_keys, BLOCK_KV, kv_blocks);
+        let rows = blocks(&self.settings.keep_queries, BLOCK_Q, q_blocks);
         for sequence in 0..sequences {
             for head in 0..heads {
-                for q_block in 0..q_blocks {
-                    blocks.iter().for_each(|&j| mask.set(sequence, head, q_block, j));
-                }
+                let mut set = |i, j| mask.set(sequence, head, i, j);
+                (0..q_blocks).for_each(|i| columns.iter().for_each(|&j| set(i, j)));
+                rows.iter().for_each(|&i| (0..kv_blocks).for_each(|j| set(i, j)));
             }
         }
         Ok(mask)

@@ -18,14 +18,16 @@ use std::str::FromStr;
 /// Keys: `layout` HND or NHD; `scale`; `causal` top_left or bottom_right; `window` left,right (`-`
 /// is unbounded); `sink_blocks`; `select` auto or all; `topk`, `cdf`, `theta`, `pv_gap` (one value
 /// or one per query head, commas between them); `pooling` QxK, QxK+var (with the second-order
-/// term), each also with +Nrows (sampled queries); `keep_first`; `keep_local`; `qk` f32, int8, or half (CUDA alone); `isa`; `keep_keys` from:to,… (tokens whose key blocks
-/// every query attends); `policy` (another method's way to choose, as [`Policy`] reads it).
+/// term), each also with +Nrows (sampled queries); `keep_first`; `keep_local`; `qk` f32, int8, or half (CUDA alone); `isa`;
+/// `keep_keys` from:to,… (tokens whose key blocks every query attends); `keep_queries` from:to,…
+/// (tokens whose query blocks attend everything); `policy` (another method's way to choose, as [`Policy`] reads it).
 #[pyclass(frozen, module = "sparge._sparge")]
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Settings {
     pub(crate) config: SpargeConfig,
     pub(crate) layout: Layout,
     pub(crate) keep_keys: Vec<Range<usize>>,
+    pub(crate) keep_queries: Vec<Range<usize>>,
     pub(crate) policy: Option<Policy>,
     /// Both products in 16 bits, which the CPU does not do.
     is_half: bool,
@@ -56,9 +58,14 @@ impl Settings {
         Ok(())
     }
 
+    /// Whether blocks are kept that are not predicted.
+    pub(crate) fn keeps_more(&self) -> bool {
+        !(self.keep_keys.is_empty() && self.keep_queries.is_empty())
+    }
+
     /// Whether nothing is predicted or quantised below [`Selection::AUTO_MIN_LEN`] keys.
     pub(crate) fn is_dense(&self) -> bool {
-        self.keep_keys.is_empty()
+        !self.keeps_more()
             && self.policy.is_none()
             && self.config.qk == QkPrecision::F32
             && matches!(self.config.selection, PerHead::All(Selection::Auto | Selection::All))
@@ -93,7 +100,8 @@ impl Settings {
                 "qk" => settings.config.qk = precision(value)?,
                 "policy" => settings.policy = Some(value.parse().map_err(refused)?),
                 "isa" => settings.config.isa = Some(isa(value)?),
-                "keep_keys" => settings.keep_keys = ranges(value)?,
+                "keep_keys" => settings.keep_keys = ranges(key, value)?,
+                "keep_queries" => settings.keep_queries = ranges(key, value)?,
                 _ => return Err(bad("settings", key, "a key that sparge._sparge.Settings lists")),
             }
         }
@@ -215,11 +223,11 @@ fn isa(value: &str) -> PyResult<Isa> {
     Isa::ALL.into_iter().find(is).ok_or_else(|| bad("isa", value, "scalar, avx2 or avx512"))
 }
 
-fn ranges(value: &str) -> PyResult<Vec<Range<usize>>> {
+fn ranges(key: &str, value: &str) -> PyResult<Vec<Range<usize>>> {
     let one = |x: &str| {
-        let (from, to) = x.split_once(':').ok_or_else(|| bad("keep_keys", x, "from:to"))?;
-        let range: Range<usize> = number("keep_keys", from)?..number("keep_keys", to)?;
-        if range.is_empty() { Err(bad("keep_keys", x, "from below to")) } else { Ok(range) }
+        let (from, to) = x.split_once(':').ok_or_else(|| bad(key, x, "from:to"))?;
+        let range: Range<usize> = number(key, from)?..number(key, to)?;
+        if range.is_empty() { Err(bad(key, x, "from below to")) } else { Ok(range) }
     };
     value.split(',').map(one).collect()
 }

@@ -140,6 +140,21 @@ def test_keep_keys_are_attended_by_every_query() -> None:
     assert relative_l1(got, want) < 1e-5
 
 
+def test_keep_queries_attend_everything() -> None:
+    q, k, v = qkv(q_len=1500)
+    config = sparge.Config(topk=0.2, pv_gap=math.inf)
+    blocks = sparge.predict(q, k, is_causal=True, config=config).tensor.clone()
+    blocks[:, :, 600 // 128 : 6] = True
+    want, _ = exact(q, k, v, blocks=blocks, causal="top_left")
+    kept = {"keep_queries": ((600, 700),), "config": config, "is_causal": True}
+    got = sparge.attention(q, k, v, enable_gqa=True, **kept)
+    assert relative_l1(got, want) < 1e-5
+    got = sparge.attention(*(x.numpy() for x in (q, k, v)), enable_gqa=True, **kept)
+    assert relative_l1(torch.from_numpy(got), want) < 1e-5
+    with pytest.raises(sparge.SpargeError, match="keep_queries"):
+        sparge.attention(q, k, v, enable_gqa=True, topk=0.2, keep_queries=((9, 3),))
+
+
 def test_key_lengths_and_windows() -> None:
     q, k, v = qkv(batch=3, q_len=400)
     lengths = [400, 150, 1]

@@ -97,13 +97,19 @@ def test_sparse_is_attention_over_its_blocks_and_stats_count_them() -> None:
     assert stats.qk_sparsity() == pytest.approx(skipped, abs=1e-6) and skipped > 0.5
 
 
-def test_keep_keys() -> None:
+def test_keep_keys_and_queries() -> None:
     q, k, v = inputs(heads=4, kv_heads=4, q_len=1500)
     config = sparge.Config(topk=0.2, pooling="sub_block")
-    blocks = sparge.predict(q, k, config=config).tensor.clone()
-    blocks[..., 600 // 64 : 11] = True
-    got = sparge.attention(q, k, v, config=config, keep_keys=((600, 700),))
-    assert relative_l1(got, exact(q, k, v, blocks=blocks)[0]) < QUANTIZED
+    predicted = sparge.predict(q, k, config=config).tensor
+    for kept in ({"keep_keys": ((600, 700),)}, {"keep_queries": ((600, 700), (0, 1))},
+                 {"keep_keys": ((0, 64),), "keep_queries": ((1400, 1500),)}):  # fmt: skip
+        blocks = predicted.clone()
+        for start, end in kept.get("keep_keys", ()):
+            blocks[..., start // 64 : -(-end // 64)] = True
+        for start, end in kept.get("keep_queries", ()):
+            blocks[:, :, start // 128 : -(-end // 128)] = True
+        got = sparge.attention(q, k, v, config=config, **kept)
+        assert relative_l1(got, exact(q, k, v, blocks=blocks)[0]) < QUANTIZED
 
 
 def test_packing_round_trip() -> None:

@@ -10,6 +10,7 @@
 #include "sparge/ptx/mma.cuh"
 #include "sparge/call.cuh"
 #include "sparge/rows.cuh"
+#include "sparge/samples.cuh"
 
 namespace sparge {
 
@@ -191,9 +192,9 @@ choose(const __grid_constant__ Call a) {
     u8 *kinds = reinterpret_cast<u8 *>(masses + blocks * a.kv_blocks);
     const int chunks = ceil_div(a.q_blocks, blocks);
 
-    for (int item = blockIdx.x; item < a.n_sequences * a.heads * chunks; item += gridDim.x) {
-        const int first = item % chunks * blocks, head_index = item / chunks % a.heads;
-        const int sequence = item / chunks / a.heads;
+    for (int item = blockIdx.x; item < a.n_sequences * a.some_heads * chunks; item += gridDim.x) {
+        const int first = item % chunks * blocks, head_index = a.first_head + item / chunks % a.some_heads;
+        const int sequence = item / chunks / a.some_heads;
         __syncthreads();
         if (threadIdx.x == 0) {
             s = a.sequences[sequence];
@@ -372,7 +373,11 @@ choose(const __grid_constant__ Call a) {
                 forced += (kind[j] & FORCED) != 0;
                 mass[j] = m;
             }
-            const float *shares = a.shares ? shares_of(a, sequence, head_index, q_block) : nullptr;
+            const float *shares = nullptr;
+            if (a.samples)
+                shares = sum_shares(samples_of(a, s, head_index) +
+                                        static_cast<i64>(q_block) * a.sampled_rows * kv_blocks,
+                                    a.sampled_rows, kv_blocks, kv_blocks);
             float sampled = 0.f;
             for (int j = lane; shares && j < kv_blocks; j += 32)
                 if (kind[j] & SCORED) sampled += shares[j];

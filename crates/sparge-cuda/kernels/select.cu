@@ -7,6 +7,8 @@
 // largest threshold whose blocks reach the mass and the count that were asked for. No sort.
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
+#include "sparge/ptx/mma.cuh"
+#include "sparge/samples.cuh"
 
 namespace sparge {
 
@@ -14,23 +16,6 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr u32 MINUS_INFINITY = 0xff800000u;
 
-__device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL, x, step);
-    return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, step));
-    return x;
-}
 __device__ __forceinline__ bool has_bad(const uint4 &x) {  // any bf16 that is not finite
     bool bad = false;
     const u32 w[4] = {x.x, x.y, x.z, x.w};
@@ -128,7 +113,7 @@ __device__ __forceinline__ void choose(const Args &a, const Row &row, const Budg
     }
 }
 
-/// Grid (tiles of ROWS pooled queries, batch * heads). SUBS_Q, SUBS_K: pooled rows per query block
+/// Grid (tiles of ROWS pooled queries, batch * heads from `first_head` on). SUBS_Q, SUBS_K: pooled rows per query block
 /// and per key block. GROUPS: row groups of 16 * TILES rows among the warps.
 template <int D, int SUBS_Q, int SUBS_K, int TILES, int GROUPS>
 __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a) {
@@ -140,8 +125,9 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
     __shared__ int bad[ROWS];
     const int pitch = a.kv_blocks | 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
-    const int pair = blockIdx.y, head = pair % a.heads;
-    const int kv_pair = pair / a.heads * a.kv_heads + head / (a.heads / a.kv_heads);
+    const int some_heads = gridDim.y / a.batch, batch = blockIdx.y / some_heads;
+    const int head = a.first_head + blockIdx.y % some_heads, pair = batch * a.heads + head;
+    const int kv_pair = batch * a.kv_heads + head / (a.heads / a.kv_heads);
     const int subs = a.q_blocks * SUBS_Q, first = blockIdx.x * ROWS;
     const Row furthest(a, min(a.q_blocks, ceil_div(first + ROWS, SUBS_Q)) - 1);
     const int key_end = furthest.scored;  // key blocks that some row scores
@@ -199,15 +185,15 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
             float (&s)[4] = scores[m];
 #pragma unroll
             for (int i = 0; i < D / 32; i++) {
-                mma_bf16(s, q[1][m][2 * i], k[0][i].x, k[0][i].y);
-                mma_bf16(s, q[1][m][2 * i + 1], k[0][i].z, k[0][i].w);
-                mma_bf16(s, q[0][m][2 * i], k[1][i].x, k[1][i].y);
-                mma_bf16(s, q[0][m][2 * i + 1], k[1][i].z, k[1][i].w);
+                mma_half<Bf16>(s, q[1][m][2 * i], k[0][i].x, k[0][i].y);
+                mma_half<Bf16>(s, q[1][m][2 * i + 1], k[0][i].z, k[0][i].w);
+                mma_half<Bf16>(s, q[0][m][2 * i], k[1][i].x, k[1][i].y);
+                mma_half<Bf16>(s, q[0][m][2 * i + 1], k[1][i].z, k[1][i].w);
             }
 #pragma unroll
             for (int i = 0; i < D / 32; i++) {
-                mma_bf16(s, q[0][m][2 * i], k[0][i].x, k[0][i].y);
-                mma_bf16(s, q[0][m][2 * i + 1], k[0][i].z, k[0][i].w);
+                mma_half<Bf16>(s, q[0][m][2 * i], k[0][i].x, k[0][i].y);
+                mma_half<Bf16>(s, q[0][m][2 * i + 1], k[0][i].z, k[0][i].w);
             }
         }
         fetch(k0 + STEP);  // arrives while the scores are reduced
@@ -286,8 +272,11 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
         float total = 0.f;
         for (int r = 0; r < SUBS_Q; r++) total += weight[block * SUBS_Q + r];
         const float by = total > 0.f ? 1.f / total : 0.f;
-        const float *shares =
-            a.shares + (static_cast<i64>(pair) * a.q_blocks + q_block) * a.kv_blocks;
+        const i64 q_block_at = (static_cast<i64>(head - a.first_head) * a.batch + batch) * a.q_blocks + q_block;
+        const float *shares = nullptr;
+        if (a.samples && a.budget[head].top_k < 1.f)
+            shares = sum_shares(a.samples + q_block_at * a.sampled_rows * a.kv_blocks,
+                                a.sampled_rows, a.kv_blocks, row.reachable);
         float sampled = 0.f;
         for (int j = lane; j < row.reachable; j += 32) {
             float m = 0.f;
@@ -300,7 +289,7 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
                 m += ex2(x - norm[at]) * weight[at];
             }
             mass[j] = is_known ? m * by : UNKNOWN;
-            if (a.shares && is_known) sampled += shares[j];
+            if (shares && is_known) sampled += shares[j];
         }
         sampled = warp_sum(sampled);
         int forced = 0;
@@ -317,7 +306,8 @@ __global__ void __launch_bounds__(THREADS) select(const __grid_constant__ Args a
         forced_mass = warp_sum(forced_mass);
         __syncwarp();
         choose(a, row, a.budget[head], mass, forced, forced_mass,
-               bad[block] != 0 || sampled != sampled || a.budget[head].top_k >= 1.f,
+               bad[block] != 0 || sampled != sampled || (row.scored > 0 && total == 0.f) ||
+                   a.budget[head].top_k >= 1.f,
                a.mask + (static_cast<i64>(pair) * a.q_blocks + q_block) * a.mask_words);
     }
 }

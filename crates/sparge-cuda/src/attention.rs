@@ -311,9 +311,12 @@ impl Attention {
         unsafe {
             match &self.hopper {
                 Some(hopper) if hopper.selects() => {
-                    self.general.sample(stream, inputs, general_at)?;
-                    let shares = self.general.shares(general_at);
-                    hopper.predict(stream, mask, shares, workspace)
+                    let samples = self.general.samples(general_at);
+                    for heads in self.general.passes() {
+                        self.general.sample(stream, inputs, heads.clone(), general_at)?;
+                        hopper.predict(stream, heads, mask, samples, workspace)?;
+                    }
+                    Ok(())
                 }
                 _ => self.general.predict(stream, inputs, mask, general_at),
             }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::jit::Kernel;
 use crate::launch::Call;
 use crate::options::{CudaOptions, Precision};
-use crate::spec::{Arch, KernelSpec, Mma, SAMPLE_ROWS, sample_pitch};
+use crate::spec::{Arch, KernelSpec, Mma, SAMPLE_ROWS};
 use crate::tables::{Head, Tables};
 use crate::tensors::MaskKind;
 use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Plan, Pooling, SpargeConfig};
@@ -32,8 +32,8 @@ pub(crate) struct General {
     pub(crate) mma: Mma,
     /// Thread blocks of `choose`.
     pub(crate) choosers: usize,
-    /// Thread blocks of `sample`.
-    pub(crate) samplers: usize,
+    /// Heads that are selected for together.
+    pub(crate) heads_together: usize,
 }
 
 /// What this path does in a call.
@@ -107,7 +107,7 @@ pub(crate) struct Layout {
     pub(crate) q_cosine: usize,
     pub(crate) k_cosine: usize,
     pub(crate) scratch: usize,
-    pub(crate) shares: usize,
+    pub(crate) samples: usize,
     pub(crate) q8: usize,
     pub(crate) q_scale: usize,
     pub(crate) q_shift: usize,
@@ -181,7 +181,7 @@ impl General {
             second_order: i32::from(pooling.second_order),
             width: width.next_multiple_of(16) as i32,
             sampled_rows: pooling.sampled_rows as i32,
-            sample_pitch: sample_pitch(shape.head_dim, dtype) as i32,
+            head_samples: tables.head_samples as i64,
             q_len_tensor: shape.qo_len as i32,
             kv_len_tensor: shape.kv_len as i32,
             batch: shape.batch as i32,
@@ -203,7 +203,7 @@ impl General {
             duties: Duties::default(),
             mma: Mma::Half,
             choosers: 0,
-            samplers: 0,
+            heads_together: shape.num_qo_heads,
         };
         general.check_sizes()?;
         Ok(general)
@@ -223,6 +223,8 @@ impl General {
             s.batch as u128 * heads * s.qo_len.max(s.kv_len) as u128,
             // Thread blocks of the kernels that read the element mask.
             sequences * element_heads * t.longest[0] as u128 * parts,
+            // Those of `sample`.
+            sequences * heads * self.sample_groups() as u128 * t.longest[1] as u128 / 8,
         ];
         let is_large = counts.iter().any(|&count| count > i32::MAX as u128 / 2);
         if is_large { Err(too_large(s)) } else { Ok(()) }
@@ -308,15 +310,19 @@ impl General {
             let attend = load(self.attend_spec())?;
             self.kernels.attend = Some(attend);
         }
-        let rows = self.tables.sequences.len() * self.shape.num_qo_heads;
-        // Thread blocks that share items of so many query blocks each.
-        let thread_blocks = |query_blocks: usize| {
-            let items = rows * self.tables.longest[0].div_ceil(query_blocks);
-            items.min(2 * device.multiprocessors())
-        };
+        if samples {
+            let per_head = 4 * self.tables.head_samples.max(1);
+            self.heads_together = (SAMPLES_BYTES / per_head).clamp(1, self.shape.num_qo_heads);
+        }
+        let rows = self.tables.sequences.len() * self.heads_together;
         let subs = BLOCK_Q / self.pooling.q_rows;
-        self.choosers = thread_blocks(subs.max(32) / subs);
-        self.samplers = thread_blocks((SAMPLE_ROWS / self.pooling.sampled_rows.max(1)).max(1));
+        let items = rows * self.tables.longest[0].div_ceil(subs.max(32) / subs);
+        self.choosers = items.min(2 * device.multiprocessors());
+        // Key blocks enough to be worth the loading of the queries, and thread blocks enough to fill
+        // the GPU twice.
+        let tiles = rows * self.sample_groups() * self.tables.longest[1];
+        self.call.sample_chunk = (tiles / (8 * device.multiprocessors())).clamp(8, 64) as i32;
+        self.call.some_heads = self.heads_together as i32;
         self.layout = Layout::new(&self, selects)?;
         Ok(self)
     }
@@ -332,6 +338,11 @@ impl General {
         KernelSpec::AttendMma { dim: self.call.padded as usize, dtype, mma: self.mma }
     }
 
+    /// Groups of sampled queries of a head that thread blocks of `sample` score together.
+    pub(crate) fn sample_groups(&self) -> usize {
+        (self.tables.longest[0] * self.pooling.sampled_rows).div_ceil(SAMPLE_ROWS)
+    }
+
     /// f32 numbers of one thread block of `choose`.
     fn scratch(&self) -> usize {
         let (subs, per_block) = (BLOCK_Q / self.pooling.q_rows, BLOCK_KV / self.pooling.kv_rows);
@@ -341,6 +352,9 @@ impl General {
         rows * kv_blocks * entries + blocks * kv_blocks + (blocks * kv_blocks).div_ceil(4)
     }
 }
+
+/// Most that sampled queries of the heads of a pass may leave in the workspace; one head may take more.
+const SAMPLES_BYTES: usize = 256 << 20;
 
 fn too_large(s: &AttentionShape) -> Error {
     Error::Unsupported {
@@ -365,10 +379,6 @@ impl Layout {
         let (judges, int8) = (g.kernels.judge.is_some(), g.kernels.int8.is_some());
         let (fp8, casts) = (g.kernels.fp8.is_some(), g.kernels.casts.is_some());
         let samples = g.kernels.sample.is_some();
-        // `sample` is done with it when `choose` begins.
-        let sampling = if samples { g.samplers * SAMPLE_ROWS * t.longest[1] } else { 0 };
-        let choosing = if g.duties.predicts { g.choosers * g.scratch() } else { 0 };
-        let scratch = sampling.max(choosing);
         let mut at = 0usize;
         let mut overflow = false;
         let mut take = |wanted: bool, sizes: &[usize]| {
@@ -400,8 +410,8 @@ impl Layout {
             k_centre: take(judges, &[kv, s.head_dim, 4]),
             q_cosine: take(judges, &[q, 4]),
             k_cosine: take(judges, &[kv, 4]),
-            scratch: take(g.duties.predicts || samples, &[scratch, 4]),
-            shares: take(samples, &[sequences * heads, t.longest[0], t.longest[1], 4]),
+            scratch: take(g.duties.predicts, &[g.choosers, g.scratch(), 4]),
+            samples: take(samples, &[g.heads_together, t.head_samples, 4]),
             q8: take(int8, &[q, BLOCK_Q, padded]),
             q_scale: take(int8, &[q, BLOCK_Q, 4]),
             q_shift: take(int8, &[q, BLOCK_Q, 4]),

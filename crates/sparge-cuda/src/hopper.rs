@@ -186,6 +186,7 @@ fn arguments(
         keep_first: i32::try_from(config.keep_first.max(options.sink_blocks)).unwrap_or(i32::MAX),
         keep_local: i32::try_from(config.keep_local).unwrap_or(i32::MAX),
         scale_log2: (scale * std::f64::consts::LOG2_E) as f32,
+        sampled_rows: config.pooling.sampled_rows as i32,
         ..Args::default()
     };
     for (head, to) in args.budget[..shape.num_qo_heads].iter_mut().enumerate() {

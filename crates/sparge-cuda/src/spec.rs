@@ -204,12 +204,13 @@ macro_rules! source {
 }
 
 /// What the sources include.
-pub(crate) const HEADERS: [Source; 9] = [
+pub(crate) const HEADERS: [Source; 10] = [
     source!("sparge/types.cuh"),
     source!("sparge/tiles.cuh"),
     source!("sparge/call.cuh"),
     source!("sparge/rows.cuh"),
     source!("sparge/walk.cuh"),
+    source!("sparge/samples.cuh"),
     source!("sparge/ptx/mma.cuh"),
     source!("sparge/ptx/math.cuh"),
     source!("sparge/ptx/mbarrier.cuh"),
@@ -375,7 +376,7 @@ impl KernelSpec {
         match *self {
             // 32 pooled queries of two 256-wide features and padding.
             Self::Choose { .. } => 32 * (512 + 16) * 4,
-            Self::Sample { dtype, .. } => SAMPLE_ROWS * sample_pitch(256, dtype),
+            Self::Sample { dtype, .. } => Self::sample_shared_bytes(256, dtype),
             // Tiles of q, k and v, key scales, places of bad values: `Attend::BYTES`.
             Self::AttendMma { dim, mma, .. } => {
                 let pitch = |row: usize| if row.is_multiple_of(128) { row } else { row + 16 };
@@ -389,17 +390,15 @@ impl KernelSpec {
             _ => 0,
         }
     }
+
+    /// What `sample` needs of it: slabs of 64 rows × 128 bytes, of the queries and of the keys in flight.
+    pub(crate) fn sample_shared_bytes(dim: usize, dtype: DType) -> usize {
+        ((dim * dtype.bytes()).div_ceil(128) + 4) * SAMPLE_ROWS * 128
+    }
 }
 
 /// Sampled queries that a thread block of `sample` scores together.
-pub(crate) const SAMPLE_ROWS: usize = 32;
-
-/// Bytes from one of them to the next in shared memory: an odd multiple of 64, so that eight rows'
-/// equal chunks fall into different banks.
-pub(crate) fn sample_pitch(dim: usize, dtype: DType) -> usize {
-    let row = dim.next_multiple_of(32) * dtype.bytes();
-    if row.is_multiple_of(128) { row + 64 } else { row }
-}
+pub(crate) const SAMPLE_ROWS: usize = 64;
 
 /// What an H100 has for a thread block, less `select`'s own kilobyte.
 const SELECT_SHARED_BYTES: usize = 226 << 10;

@@ -19,7 +19,8 @@ pub(crate) struct Sequence {
     pub(crate) q_block0: i32,
     pub(crate) kv_block0: i32,
     pub(crate) is_short: i32,
-    pub(crate) unused: [i32; 3],
+    pub(crate) unused: i32,
+    pub(crate) sample0: i64,
 }
 
 /// `Head` of kernels/sparge/call.cuh.
@@ -46,6 +47,8 @@ pub(crate) struct Tables {
     pub(crate) all: [usize; 2],
     /// Query and key blocks of the longest sequence (of the tensors, unless packed).
     pub(crate) longest: [usize; 2],
+    /// Numbers that sampled queries of all sequences leave: one for each of them and key block.
+    pub(crate) head_samples: usize,
 }
 
 impl Tables {
@@ -75,6 +78,7 @@ impl Tables {
         };
         let packed = matches!(options.lengths, Lengths::Packed { .. });
         let mut all = [0, 0];
+        let mut head_samples = 0;
         let mut longest = if packed {
             [0, 0]
         } else {
@@ -89,13 +93,15 @@ impl Tables {
             s.is_short = i32::from(plan.is_short(i));
             (s.q_block0, s.kv_block0) = (all[0] as i32, all[1] as i32);
             let blocks = [q_len.div_ceil(BLOCK_Q), kv_len.div_ceil(BLOCK_KV)];
+            s.sample0 = head_samples as i64;
+            head_samples += blocks[0] * config.pooling.sampled_rows * blocks[1];
             for side in 0..2 {
                 all[side] += blocks[side];
                 longest[side] = longest[side].max(blocks[side]);
             }
         }
         let heads = (0..shape.num_qo_heads).map(|head| settings(config, head)).collect();
-        Self { sequences, heads, all, longest }
+        Self { sequences, heads, all, longest, head_samples }
     }
 
     /// The tables as words: sequences, then heads.
@@ -113,8 +119,8 @@ impl Tables {
                 s.kv_block0,
                 s.is_short,
                 0,
-                0,
-                0,
+                s.sample0 as i32,
+                (s.sample0 >> 32) as i32,
             ];
             words.extend(fields.map(|x| x as u32));
         }

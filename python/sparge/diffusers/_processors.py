@@ -158,16 +158,17 @@ class MochiProcessor(_Processor):
             cos, sin = image_rotary_emb
             query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         image_len, text_len = hidden_states.shape[1], encoder_hidden_states.shape[1]
-        out = query.new_zeros((*query.shape[:2], image_len + text_len, query.shape[3]))
+        # Tokens before heads in memory: what is projected is a view.
+        out = query.new_zeros((query.shape[0], image_len + text_len, *query.shape[1::2]))
         for at, valid in enumerate(_valid_text(attention_mask)):
             one = slice(at, at + 1)
             q, k, v = (
                 torch.cat([x[one], t[one].index_select(2, valid)], dim=2)
                 for x, t in zip((query, key, value), text)
             )
-            part = self.attend(q, k, v, len(valid))
-            out[one, :, : part.shape[2]] = part
-        out = out.transpose(1, 2).flatten(2)
+            part = self.attend(q, k, v, len(valid)).transpose(1, 2)
+            out[one, : part.shape[1]] = part
+        out = out.flatten(2)
         image, words = out[:, :image_len], out[:, image_len:]
         image = attn.to_out[1](attn.to_out[0](image))
         if hasattr(attn, "to_add_out"):

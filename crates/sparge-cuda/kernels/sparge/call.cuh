@@ -15,7 +15,8 @@ struct Sequence {
     i32 diagonal;            // key on the diagonal of row 0
     i32 q_block0, kv_block0; // blocks of the sequences before it
     i32 is_short;            // heads that select automatically run dense here
-    i32 unused[3];
+    i32 unused;
+    i64 sample0;             // numbers of `samples` that a head has before it
 };
 static_assert(sizeof(Sequence) == 48, "Sequence");
 
@@ -54,9 +55,10 @@ struct Call {
     double *k_sums;          // [kv_heads, all kv blocks, dim]
     float *k_centre;         // the same shape: what the judge takes off
     float *q_cosine, *k_cosine;  // [heads, all blocks]
-    float *scratch;          // [thread blocks of choose, rows, kv_blocks]; of sample, before it
-    float *shares;           // [sequences, heads, q_blocks, kv_blocks]: of the attention of the
-                             // sampled queries, summed; null: none are sampled
+    float *scratch;          // [thread blocks of choose, rows, kv_blocks]
+    float *samples;          // [some_heads, sequences, samples of one, kv blocks of one]: log-sum-exp
+                             // of sampled queries' scores, log2 units; null: none are sampled
+    i64 head_samples;        // numbers from one head to the next
     i8 *q8;                  // [heads, all q blocks, 128, padded dim]
     float *q_scale, *q_shift;    // [heads, all q blocks, 128], log2 units
     i8 *k8;                  // [kv_heads, all kv blocks, 64, padded dim]
@@ -73,13 +75,14 @@ struct Call {
     i32 sink, keep_first, keep_local;  // keys, blocks, blocks
     i32 element_kind, element_heads;
     i32 q_rows, kv_rows, second_order, width;
-    i32 sampled_rows, sample_pitch;  // of a query block; bytes of one in shared memory
+    i32 sampled_rows, sample_chunk;  // of a query block; key blocks of a thread block of `sample`
+    i32 first_head, some_heads;      // those that are selected for together
     i32 unused;
     i32 q_len_tensor, kv_len_tensor, batch;
     i32 o_kind, counts_products;
     float scale_log2, square_scale;
 };
-static_assert(sizeof(Call) == 520, "Call");
+static_assert(sizeof(Call) == 536, "Call");
 
 enum Coverage { EMPTY_TILE, PARTIAL_TILE, FULL_TILE };
 
@@ -180,10 +183,9 @@ __device__ __forceinline__ u32 *mask_row(const Call &a, u32 *mask, int sequence,
                       a.mask_words;
 }
 
-/// A query block's shares of the key blocks in its sampled queries' attention.
-__device__ __forceinline__ float *shares_of(const Call &a, int sequence, int head, int q_block) {
-    return a.shares + ((static_cast<i64>(sequence) * a.heads + head) * a.q_blocks + q_block) *
-                          a.kv_blocks;
+/// The first sample's log-sum-exps, one for each key block of the sequence.
+__device__ __forceinline__ float *samples_of(const Call &a, const Sequence &s, int head) {
+    return a.samples + (head - a.first_head) * a.head_samples + s.sample0;
 }
 
 __device__ __forceinline__ bool has_bit(const u32 *words, int j) {

@@ -45,15 +45,4 @@ struct Block {
     }
 };
 
-template <class X> __device__ __forceinline__ X warp_sum(X x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL, x, step);
-    return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, step));
-    return x;
-}
-
 }  // namespace sparge

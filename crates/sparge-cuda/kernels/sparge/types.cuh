@@ -52,8 +52,8 @@ struct Args {
     u16 *k_pool;          // [batch, kv_heads, kv_subs, 2, d]
     u32 *mask;            // [batch, heads, q_blocks, mask_words]; null: every reachable block
     u32 *counters;        // [1 + batch * kv_heads], zero before the first kernel
-    const float *shares;  // [batch, heads, q_blocks, kv_blocks]: of the attention of sampled queries;
-                          // null: none are sampled
+    float *samples;       // [heads of a pass, batch, q_blocks, sampled_rows, kv_blocks]: log-sum-exp of
+                          // sampled queries' scores; null: none are sampled
     i32 batch, heads, kv_heads;
     i32 qo_len, kv_len;
     i32 q_blocks, kv_blocks, mask_words;
@@ -62,11 +62,13 @@ struct Args {
     i32 diagonal;         // key on the diagonal of row 0 (causal)
     i32 keep_first, keep_local;
     float scale_log2;     // softmax scale times log2(e)
+    i32 sampled_rows;     // of a query block
+    i32 first_head;       // of those that are selected for together
     i32 unused;
     Budget budget[MAX_HEADS];
 };
 // src/launch/mod.rs asserts the same size; it orders its fields the same way.
-static_assert(sizeof(Args) == 1336, "Args");
+static_assert(sizeof(Args) == 1344, "Args");
 
 __device__ __forceinline__ int min(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int max(int a, int b) { return a > b ? a : b; }

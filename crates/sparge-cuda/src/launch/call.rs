@@ -36,7 +36,8 @@ pub(crate) struct Call {
     pub(crate) q_cosine: u64,
     pub(crate) k_cosine: u64,
     pub(crate) scratch: u64,
-    pub(crate) shares: u64,
+    pub(crate) samples: u64,
+    pub(crate) head_samples: i64,
     pub(crate) q8: u64,
     pub(crate) q_scale: u64,
     pub(crate) q_shift: u64,
@@ -69,7 +70,9 @@ pub(crate) struct Call {
     pub(crate) second_order: i32,
     pub(crate) width: i32,
     pub(crate) sampled_rows: i32,
-    pub(crate) sample_pitch: i32,
+    pub(crate) sample_chunk: i32,
+    pub(crate) first_head: i32,
+    pub(crate) some_heads: i32,
     pub(crate) unused: i32,
     pub(crate) q_len_tensor: i32,
     pub(crate) kv_len_tensor: i32,
@@ -81,9 +84,9 @@ pub(crate) struct Call {
 }
 
 // The size is asserted in call.cuh too.
-const _: () = assert!(size_of::<Call>() == 520);
+const _: () = assert!(size_of::<Call>() == 536);
 const _: () = assert!(offset_of!(Call, mask) == 200);
-const _: () = assert!(offset_of!(Call, n_sequences) == 392);
+const _: () = assert!(offset_of!(Call, n_sequences) == 400);
 
 /// `Masks` of kernels/pool.cu.
 #[repr(C)]

@@ -7,6 +7,7 @@ use crate::error::{Result, driver};
 use crate::hopper::Hopper;
 use crate::tensors::{Inputs, Output};
 use cudarc::driver::result;
+use std::ops::Range;
 
 const THREADS: u32 = 256;
 const ATTEND_THREADS: u32 = 384;
@@ -50,9 +51,9 @@ impl Hopper {
         }
     }
 
-    /// Chooses blocks and writes the mask (`Attention::mask_shape`) to `mask`; `shares`: those of
-    /// sampled queries, 0 for none. Needs `quantize` before it on the same workspace. Does nothing where the config
-    /// selects everything.
+    /// Chooses blocks for some heads and writes their part of the mask (`Attention::mask_shape`) to
+    /// `mask`; `samples`: what `sample` left of these heads, 0 for none. Needs `quantize` before it on
+    /// the same workspace. Does nothing where the config selects everything.
     ///
     /// # Safety
     /// As `Attention::forward`; `mask` is writable.
@@ -62,18 +63,20 @@ impl Hopper {
     pub(crate) unsafe fn predict(
         &self,
         stream: Stream,
+        heads: Range<usize>,
         mask: u64,
-        shares: u64,
+        samples: u64,
         workspace: u64,
     ) -> Result<()> {
         let Some((kernel, rows, shared)) = &self.kernels.select else { return Ok(()) };
         let mut args = self.arguments(workspace);
-        (args.mask, args.shares) = (mask, shares);
+        (args.mask, args.samples) = (mask, samples);
+        args.first_head = heads.start as i32;
         let tiles = (args.q_blocks as usize * self.pooled_per_block()).div_ceil(*rows);
-        let heads = self.shape.batch * self.shape.num_qo_heads;
+        let pairs = self.shape.batch * heads.len();
         // SAFETY: the grid and the shared memory match the kernel's contract.
         unsafe {
-            enqueue(kernel, [tiles as u32, heads as u32], THREADS, *shared, stream, &mut args)
+            enqueue(kernel, [tiles as u32, pairs as u32], THREADS, *shared, stream, &mut args)
         }
     }
 

@@ -6,10 +6,11 @@ use super::{Call, Strides, enqueue, part};
 use crate::device::Stream;
 use crate::error::{Result, driver};
 use crate::general::General;
-use crate::spec::{Mma, SAMPLE_ROWS};
+use crate::spec::{KernelSpec, Mma};
 use crate::tensors::{Inputs, Output};
 use cudarc::driver::result;
 use sparge::{Dims, Layout};
+use std::ops::Range;
 
 const THREADS: u32 = 256;
 
@@ -90,34 +91,52 @@ impl General {
                 enqueue(&judge.centres, [grid, 1], THREADS, 0, stream, &mut call)?;
                 enqueue(&judge.judge, [blocks, 1], THREADS, 0, stream, &mut call)?;
             }
-            self.sample(stream, inputs, at)?;
-            if let Some(kernel) = &k.choose {
-                let pitch = call.width + if call.width % 32 == 0 { 16 } else { 0 };
-                let shared = 32 * pitch as usize * 4;
+            let Some(kernel) = &k.choose else { return Ok(()) };
+            let pitch = call.width + if call.width % 32 == 0 { 16 } else { 0 };
+            let shared = 32 * pitch as usize * 4;
+            for heads in self.passes() {
+                (call.first_head, call.some_heads) = (heads.start as i32, heads.len() as i32);
+                self.sample(stream, inputs, heads, at)?;
                 enqueue(kernel, [self.choosers as u32, 1], THREADS, shared, stream, &mut call)?;
             }
         }
         Ok(())
     }
 
-    /// Scores sampled queries, where there are any, for the selection that follows.
+    /// The heads that are selected for together: what is kept of their sampled queries is quadratic in
+    /// length.
+    pub(crate) fn passes(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (heads, together) = (self.shape.num_qo_heads, self.heads_together);
+        (0..heads).step_by(together).map(move |from| from..heads.min(from + together))
+    }
+
+    /// Scores sampled queries of some heads, where there are any, for the selection that follows.
     ///
     /// # Safety
     /// As `Attention::forward`.
     ///
     /// # Errors
     /// As `Attention::forward`.
-    pub(crate) unsafe fn sample(&self, stream: Stream, inputs: &Inputs, at: u64) -> Result<()> {
+    pub(crate) unsafe fn sample(
+        &self,
+        stream: Stream,
+        inputs: &Inputs,
+        heads: Range<usize>,
+        at: u64,
+    ) -> Result<()> {
         let Some(kernel) = &self.kernels.sample else { return Ok(()) };
         let mut call = self.call(inputs, at);
-        let shared = SAMPLE_ROWS * call.sample_pitch as usize;
+        (call.first_head, call.some_heads) = (heads.start as i32, heads.len() as i32);
+        let chunks = (call.kv_blocks as usize).div_ceil(call.sample_chunk as usize);
+        let grid = self.sample_groups() * heads.len() * self.tables.sequences.len() * chunks;
+        let shared = KernelSpec::sample_shared_bytes(self.shape.head_dim, self.dtype);
         // SAFETY: as in `quantize`.
-        unsafe { enqueue(kernel, [self.samplers as u32, 1], THREADS, shared, stream, &mut call) }
+        unsafe { enqueue(kernel, [grid as u32, 1], 128, shared, stream, &mut call) }
     }
 
-    /// Where `sample` leaves shares; 0: nowhere.
-    pub(crate) fn shares(&self, at: u64) -> u64 {
-        if self.kernels.sample.is_some() { at + self.layout.shares as u64 } else { 0 }
+    /// Where `sample` leaves what it found; 0: nowhere.
+    pub(crate) fn samples(&self, at: u64) -> u64 {
+        if self.kernels.sample.is_some() { at + self.layout.samples as u64 } else { 0 }
     }
 
     /// Attention over the blocks of `mask` (all reachable ones for `None`).
@@ -301,7 +320,7 @@ impl General {
             q_cosine: at(l.q_cosine),
             k_cosine: at(l.k_cosine),
             scratch: at(l.scratch),
-            shares: self.shares(workspace),
+            samples: self.samples(workspace),
             q8: at(l.q8),
             q_scale: at(l.q_scale),
             q_shift: at(l.q_shift),

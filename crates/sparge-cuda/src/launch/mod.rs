@@ -60,7 +60,7 @@ pub(crate) struct Args {
     pub(crate) k_pool: u64,
     pub(crate) mask: u64,
     pub(crate) counters: u64,
-    pub(crate) shares: u64,
+    pub(crate) samples: u64,
     pub(crate) batch: i32,
     pub(crate) heads: i32,
     pub(crate) kv_heads: i32,
@@ -76,15 +76,17 @@ pub(crate) struct Args {
     pub(crate) keep_first: i32,
     pub(crate) keep_local: i32,
     pub(crate) scale_log2: f32,
+    pub(crate) sampled_rows: i32,
+    pub(crate) first_head: i32,
     pub(crate) unused: i32,
     pub(crate) budget: [Budget; MAX_HEADS],
 }
 
 // The size is asserted in types.cuh too.
-const _: () = assert!(size_of::<Args>() == 1336);
+const _: () = assert!(size_of::<Args>() == 1344);
 const _: () = assert!(offset_of!(Args, q8) == 136);
 const _: () = assert!(offset_of!(Args, batch) == 248);
-const _: () = assert!(offset_of!(Args, budget) == 312);
+const _: () = assert!(offset_of!(Args, budget) == 320);
 
 impl Default for Args {
     fn default() -> Self {
@@ -111,7 +113,7 @@ impl Default for Args {
             k_pool: 0,
             mask: 0,
             counters: 0,
-            shares: 0,
+            samples: 0,
             batch: 0,
             heads: 0,
             kv_heads: 0,
@@ -127,6 +129,8 @@ impl Default for Args {
             keep_first: 0,
             keep_local: 0,
             scale_log2: 0.0,
+            sampled_rows: 0,
+            first_head: 0,
             unused: 0,
             budget: [Budget::default(); MAX_HEADS],
         }

@@ -19,6 +19,17 @@ __device__ __forceinline__ float lg2(float x) {
 __device__ __forceinline__ float as_float(u32 x) { return __uint_as_float(x); }
 __device__ __forceinline__ u32 as_bits(float x) { return __float_as_uint(x); }
 
+template <class X> __device__ __forceinline__ X warp_sum(X x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL, x, step);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(FULL, x, step));
+    return x;
+}
+
 /// Whether 448 / x leaves f32's range: a tensor that small counts as zero.
 __device__ __forceinline__ bool is_tiny(float x) { return x < 1.4e-36f; }
 
