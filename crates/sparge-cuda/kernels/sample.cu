@@ -2,48 +2,20 @@
 // selections mix their shares with the pooled masses.
 //
 // A thread block scores 64 sampled queries of one head against a chunk of its keys, in products of
-// the element type, f32 in three tf32 ones of both parts of each factor. Keys come through a ring of
-// slabs (64 keys, 128 bytes of each) in shared memory. What stays is the log-sum-exp of every (query,
-// key block).
+// the element type. Keys come through a ring of slabs in shared memory. What stays is the log-sum-exp
+// of every (query, key block).
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
-#include "sparge/ptx/mma.cuh"
 #include "sparge/call.cuh"
+#include "sparge/slabs.cuh"
 
 namespace sparge {
 
-constexpr int WARPS = 4;
-constexpr int THREADS = 32 * WARPS;
-constexpr int ROWS = 16 * WARPS;  // queries of a thread block
-constexpr int STAGES = 4;         // slabs of keys in flight
-constexpr int SLAB = 128 * BLOCK_KV;
 constexpr float MINUS_INFINITY = -1.f / 0.f;
-static_assert(ROWS == BLOCK_KV, "slabs of queries are as large as those of keys");
+static_assert(SLAB_ROWS == BLOCK_KV, "a tile of keys is a key block");
 
 template <class T> constexpr int SIZE = 2;
 template <> constexpr int SIZE<F32> = 4;
-
-/// c += a·bᵀ over the 32 bytes of a row that the fragments hold.
-template <class T>
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    mma_half<T>(c, a, b0, b1);
-}
-template <>
-__device__ __forceinline__ void multiply<F32>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    u32 top[4], rest[4];
-    const auto split = [](u32 x, u32 &hi, u32 &lo) {
-        hi = x & 0xffffe000u;
-        lo = as_bits(as_float(x) - as_float(hi));
-    };
-#pragma unroll
-    for (int i = 0; i < 4; i++) split(a[i], top[i], rest[i]);
-    u32 top0, rest0, top1, rest1;
-    split(b0, top0, rest0);
-    split(b1, top1, rest1);
-    mma_tf32(c, rest, top0, top1);
-    mma_tf32(c, top, rest0, rest1);
-    mma_tf32(c, top, top0, top1);
-}
 
 /// The query that is sample `at` of a sequence, `count` to a block: the middles of equal parts.
 __device__ __forceinline__ int place_of(int at, int count, int q_len) {
@@ -51,30 +23,15 @@ __device__ __forceinline__ int place_of(int at, int count, int q_len) {
     return start + (2 * (at % count) + 1) * rows / (2 * count);
 }
 
-/// All threads start the copy of a slab: 128 bytes from byte `byte` on of 64 rows, of which those
-/// before `rows` exist, of `width` bytes each. `row(r)`: where row r starts.
-template <class Row>
-__device__ __forceinline__ void copy_slab(u32 to, int byte, int width, int rows, const Row &row) {
-    const int chunk = threadIdx.x % 8;
-    const bool is_inside = byte + 16 * chunk < width;
-#pragma unroll
-    for (int i = 0; i < BLOCK_KV / (THREADS / 8); i++) {
-        const int r = threadIdx.x / 8 + THREADS / 8 * i;
-        const bool exists = is_inside && r < rows;
-        const u8 *from = row(exists ? r : 0) + (exists ? byte + 16 * chunk : 0);
-        copy16(to + Placed<128>::at(r, chunk), from, exists);
-    }
-}
-
 /// Grid: x: groups of 64 samples, then heads from `first_head` on, then sequences, then chunks of
 /// `sample_chunk` key blocks. Dynamic shared memory: the queries' slabs, then the ring.
 template <class T, bool HAS_MASK>
-__global__ void __launch_bounds__(THREADS) sample(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(SLAB_THREADS) sample(const __grid_constant__ Call a) {
     extern __shared__ __align__(128) u8 tiles[];
-    const int count = a.sampled_rows, groups = ceil_div(a.q_blocks * count, ROWS);
+    const int count = a.sampled_rows, groups = ceil_div(a.q_blocks * count, SLAB_ROWS);
     int item = blockIdx.x;
     // The last queries first: where it is causal they see the most.
-    const int first = (groups - 1 - item % groups) * ROWS;
+    const int first = (groups - 1 - item % groups) * SLAB_ROWS;
     item /= groups;
     const int head = a.first_head + item % a.some_heads;
     item /= a.some_heads;
@@ -89,9 +46,9 @@ __global__ void __launch_bounds__(THREADS) sample(const __grid_constant__ Call a
 
     // The samples' query blocks see more than they do.
     const int from = first / count * BLOCK_Q;
-    const int to = min(s.q_len, (min(samples, first + ROWS) - 1) / count * BLOCK_Q + BLOCK_Q);
+    const int to = min(s.q_len, (min(samples, first + SLAB_ROWS) - 1) / count * BLOCK_Q + BLOCK_Q);
     float *lse = samples_of(a, s, head) + static_cast<i64>(first) * kv_blocks;
-    const int most = min(ROWS, samples - first);
+    const int most = min(SLAB_ROWS, samples - first);
     const int mine[2] = {warp * 16 + g, warp * 16 + g + 8};
     const int places[2] = {place_of(first + min(mine[0], most - 1), count, s.q_len),
                            place_of(first + min(mine[1], most - 1), count, s.q_len)};
@@ -127,37 +84,22 @@ __global__ void __launch_bounds__(THREADS) sample(const __grid_constant__ Call a
             copy_slab(ring + next_stage * SLAB, 128 * next_slab, width, s.kv_len - key,
                       [&](int r) { return k + SIZE<T> * a.ks.token * (key + r); });
             if (++next_slab == slabs) next_slab = 0, next_block++;
-            if (++next_stage == STAGES) next_stage = 0;
+            if (++next_stage == SLAB_STAGES) next_stage = 0;
         }
         copy_commit();
     };
-    for (int i = 0; i < STAGES - 1; i++) fetch();
+    for (int i = 0; i < SLAB_STAGES - 1; i++) fetch();
 
-    // Of matrices 0 to 3: rows + 0, + 8, + 0, + 8 of 32 bytes' first, first, second, second half.
-    const u32 a_at = Placed<128>::at(warp * 16 + lane % 16, lane / 16);
-    // Rows + 0, + 0, + 8, + 8; halves in turns.
-    const u32 b_at = Placed<128>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     int stage = 0;
     for (int block = block0; block < block_end; block++) {
         float c[8][4] = {};
 #pragma unroll 1
         for (int slab = 0; slab < slabs; slab++) {
-            copy_wait<STAGES - 2>();
+            copy_wait<SLAB_STAGES - 2>();
             __syncthreads();  // the slab is there, and all are done with the one before
             fetch();
-#pragma unroll
-            for (int step = 0; step < 4; step++) {
-                u32 x[4];
-                load_matrices(x, Placed<128>::step(queries + slab * SLAB + a_at, step));
-#pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    u32 y[4];
-                    load_matrices(y, Placed<128>::step(ring + stage * SLAB + 16 * 128 * n + b_at, step));
-                    multiply<T>(c[2 * n], x, y[0], y[1]);
-                    multiply<T>(c[2 * n + 1], x, y[2], y[3]);
-                }
-            }
-            if (++stage == STAGES) stage = 0;
+            multiply_slabs<T, 1>(c, {queries + slab * SLAB}, ring + stage * SLAB);
+            if (++stage == SLAB_STAGES) stage = 0;
         }
         const int key = block * BLOCK_KV, key_end = min(s.kv_len, key + BLOCK_KV);
         const bool plain =

@@ -7,6 +7,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::general::{Duties, General};
 use crate::hopper::{self, Hopper};
+use crate::launch::Pass;
 use crate::options::{CudaOptions, Path, Precision};
 use crate::spec::{Arch, Pool};
 use crate::tensors::{Inputs, MaskKind, Output, check, check_aligned};
@@ -106,7 +107,7 @@ impl Attention {
                 attends: !is_fast,
                 predicts: predicts && !hopper.as_ref().is_some_and(Hopper::selects),
                 has_mask: predicts,
-                samples: hopper.as_ref().is_some_and(Hopper::selects),
+                head_scores: hopper.as_ref().filter(|h| h.selects()).map_or(0, Hopper::head_scores),
                 intersects: is_fast && cuda.block_mask,
             },
         )?;
@@ -311,10 +312,12 @@ impl Attention {
         unsafe {
             match &self.hopper {
                 Some(hopper) if hopper.selects() => {
-                    let samples = self.general.samples(general_at);
                     for heads in self.general.passes() {
                         self.general.sample(stream, inputs, heads.clone(), general_at)?;
-                        hopper.predict(stream, heads, mask, samples, workspace)?;
+                        let samples = self.general.samples(general_at);
+                        let scores = self.general.scores(general_at);
+                        let pass = Pass { heads, mask, samples, scores };
+                        hopper.predict(stream, pass, workspace)?;
                     }
                     Ok(())
                 }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::jit::Kernel;
 use crate::launch::Call;
 use crate::options::{CudaOptions, Precision};
-use crate::spec::{Arch, KernelSpec, Mma, SAMPLE_ROWS};
+use crate::spec::{Arch, KernelSpec, Mma, SLAB_ROWS};
 use crate::tables::{Head, Tables};
 use crate::tensors::MaskKind;
 use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Plan, Pooling, SpargeConfig};
@@ -43,8 +43,9 @@ pub(crate) struct Duties {
     pub(crate) predicts: bool,
     /// The workspace holds a mask, whoever writes it.
     pub(crate) has_mask: bool,
-    /// It samples queries for the fast path's selection.
-    pub(crate) samples: bool,
+    /// Numbers that the fast path's selection keeps of a head, 0 where it does not select: then this
+    /// path samples queries for it.
+    pub(crate) head_scores: usize,
     /// It intersects masks for the fast path.
     pub(crate) intersects: bool,
 }
@@ -108,6 +109,7 @@ pub(crate) struct Layout {
     pub(crate) k_cosine: usize,
     pub(crate) scratch: usize,
     pub(crate) samples: usize,
+    pub(crate) scores: usize,
     pub(crate) q8: usize,
     pub(crate) q_scale: usize,
     pub(crate) q_shift: usize,
@@ -261,8 +263,9 @@ impl General {
             let sub_block = (self.pooling.q_rows, self.pooling.kv_rows) == (16, 16);
             k.choose = Some(load(KernelSpec::Choose { sub_block })?);
         }
-        let samples =
-            (duties.predicts || duties.samples) && self.selects() && self.pooling.sampled_rows > 0;
+        let samples = (duties.predicts || duties.head_scores > 0)
+            && self.selects()
+            && self.pooling.sampled_rows > 0;
         let k = &mut self.kernels;
         if samples {
             k.sample = Some(load(KernelSpec::Sample { dtype, has_mask: has_element_mask })?);
@@ -310,10 +313,9 @@ impl General {
             let attend = load(self.attend_spec())?;
             self.kernels.attend = Some(attend);
         }
-        if samples {
-            let per_head = 4 * self.tables.head_samples.max(1);
-            self.heads_together = (SAMPLES_BYTES / per_head).clamp(1, self.shape.num_qo_heads);
-        }
+        let head_samples = if samples { self.tables.head_samples } else { 0 };
+        let per_head = 4 * (head_samples + duties.head_scores).max(1);
+        self.heads_together = (PASS_BYTES / per_head).clamp(1, self.shape.num_qo_heads);
         let rows = self.tables.sequences.len() * self.heads_together;
         let subs = BLOCK_Q / self.pooling.q_rows;
         let items = rows * self.tables.longest[0].div_ceil(subs.max(32) / subs);
@@ -340,7 +342,7 @@ impl General {
 
     /// Groups of sampled queries of a head that thread blocks of `sample` score together.
     pub(crate) fn sample_groups(&self) -> usize {
-        (self.tables.longest[0] * self.pooling.sampled_rows).div_ceil(SAMPLE_ROWS)
+        (self.tables.longest[0] * self.pooling.sampled_rows).div_ceil(SLAB_ROWS)
     }
 
     /// f32 numbers of one thread block of `choose`.
@@ -353,8 +355,8 @@ impl General {
     }
 }
 
-/// Most that sampled queries of the heads of a pass may leave in the workspace; one head may take more.
-const SAMPLES_BYTES: usize = 256 << 20;
+/// What the selection may keep of the heads of a pass; one head may take more.
+const PASS_BYTES: usize = 512 << 20;
 
 fn too_large(s: &AttentionShape) -> Error {
     Error::Unsupported {
@@ -412,6 +414,7 @@ impl Layout {
             k_cosine: take(judges, &[kv, 4]),
             scratch: take(g.duties.predicts, &[g.choosers, g.scratch(), 4]),
             samples: take(samples, &[g.heads_together, t.head_samples, 4]),
+            scores: take(true, &[g.heads_together, g.duties.head_scores, 4]),
             q8: take(int8, &[q, BLOCK_Q, padded]),
             q_scale: take(int8, &[q, BLOCK_Q, 4]),
             q_shift: take(int8, &[q, BLOCK_Q, 4]),

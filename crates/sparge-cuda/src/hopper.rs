@@ -6,7 +6,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::jit::Kernel;
 use crate::launch::{Args, Budget, MAX_HEADS};
-use crate::spec::{DIMS, KernelSpec, Pool, SELECT_ROWS};
+use crate::spec::{DIMS, KernelSpec, Pool, SLAB_ROWS};
 use sparge::{
     Alignment, AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Lengths, Pooling, Selection,
     SpargeConfig,
@@ -53,10 +53,19 @@ fn budget(config: &SpargeConfig, head: usize, is_short: bool) -> Option<Budget> 
 pub(crate) struct Kernels {
     pub(crate) statistics: Arc<Kernel>,
     pub(crate) quantize: Arc<Kernel>,
-    /// With its pooled rows per thread block and its shared memory.
-    pub(crate) select: Option<(Arc<Kernel>, usize, usize)>,
+    pub(crate) select: Option<Select>,
     pub(crate) attend: Arc<Kernel>,
     pub(crate) attend_shared: usize,
+}
+
+/// Kernels of the selection.
+#[derive(Debug, Clone)]
+pub(crate) struct Select {
+    pub(crate) score: Arc<Kernel>,
+    pub(crate) score_shared: usize,
+    pub(crate) choose: Arc<Kernel>,
+    /// Query blocks of a thread block of `choose`.
+    pub(crate) warps: usize,
 }
 
 /// Offsets in bytes.
@@ -97,20 +106,26 @@ impl Hopper {
         let select = if pool == Pool::None {
             None
         } else {
-            let width = 4 * (args.kv_blocks as usize | 1);
-            let fits = |rows: &usize| {
-                let spec = KernelSpec::Select { dim, pool, rows: *rows };
-                rows * width <= spec.most_shared_bytes()
-            };
-            // Whole-block pooling has few rows: small thread blocks fill the GPU.
-            let start = if pool == Pool::Block { SELECT_ROWS.len() - 1 } else { 0 };
-            let Some(rows) = SELECT_ROWS.into_iter().skip(start).find(fits) else {
+            let spec = KernelSpec::Select { dim, pool };
+            let fits =
+                |warps: &usize| 4 * warps * args.kv_blocks as usize <= spec.most_shared_bytes();
+            let Some(warps) = [4, 2, 1].into_iter().find(fits) else {
                 return Err(Error::Unsupported {
                     what: format!("selection among {} keys", shape.kv_len),
                     remedy: "split the keys and combine the parts by their log-sum-exp",
                 });
             };
-            Some((load(KernelSpec::Select { dim, pool, rows })?, rows, rows * width))
+            // Thread blocks enough to fill the GPU twice.
+            let [q, kv] = score_tiles(&args, pool);
+            let all = shape.batch * shape.num_qo_heads * q * kv;
+            args.score_chunk = (all / (6 * device.multiprocessors())).clamp(2, 64) as i32;
+            let score = KernelSpec::Score { dim, pool };
+            Some(Select {
+                score_shared: score.most_shared_bytes(),
+                score: load(score)?,
+                choose: load(spec)?,
+                warps,
+            })
         };
         let attend = KernelSpec::Attend { dim, dtype };
         let kernels = Kernels {
@@ -135,10 +150,24 @@ impl Hopper {
         self.kernels.select.is_some()
     }
 
-    /// Pooled queries of a query block.
-    pub(crate) fn pooled_per_block(&self) -> usize {
-        self.pool.subs().0
+    /// Scores that the selection of one head keeps.
+    pub(crate) fn head_scores(&self) -> usize {
+        let (q_subs, _) = self.pool.subs();
+        self.shape.batch * self.args.q_blocks as usize * q_subs * self.args.kv_blocks as usize
     }
+
+    /// Thread blocks of `score` for one head of one batch entry.
+    pub(crate) fn score_blocks(&self) -> usize {
+        let [q, kv] = score_tiles(&self.args, self.pool);
+        q * kv.div_ceil(self.args.score_chunk as usize)
+    }
+}
+
+/// Tiles of pooled queries and of pooled keys of one head.
+fn score_tiles(args: &Args, pool: Pool) -> [usize; 2] {
+    let (q, kv) = pool.subs();
+    [(args.q_blocks, q), (args.kv_blocks, kv)]
+        .map(|(blocks, subs)| (blocks as usize * subs).div_ceil(SLAB_ROWS))
 }
 
 /// What the fast path's own selection pools for this config; `None` where it cannot select.

@@ -99,14 +99,19 @@ pub enum KernelSpec {
         /// What is pooled.
         pool: Pool,
     },
-    /// Stage 1.
+    /// Pooled scores.
+    Score {
+        /// Head dimension.
+        dim: usize,
+        /// What was pooled.
+        pool: Pool,
+    },
+    /// Stage 1, from them.
     Select {
         /// Head dimension.
         dim: usize,
         /// What was pooled.
         pool: Pool,
-        /// Pooled queries of one thread block: 16, 32 or 64.
-        rows: usize,
     },
     /// Attention over kept blocks.
     Attend {
@@ -204,13 +209,15 @@ macro_rules! source {
 }
 
 /// What the sources include.
-pub(crate) const HEADERS: [Source; 10] = [
+pub(crate) const HEADERS: [Source; 12] = [
     source!("sparge/types.cuh"),
     source!("sparge/tiles.cuh"),
     source!("sparge/call.cuh"),
     source!("sparge/rows.cuh"),
     source!("sparge/walk.cuh"),
     source!("sparge/samples.cuh"),
+    source!("sparge/slabs.cuh"),
+    source!("sparge/row.cuh"),
     source!("sparge/ptx/mma.cuh"),
     source!("sparge/ptx/math.cuh"),
     source!("sparge/ptx/mbarrier.cuh"),
@@ -219,8 +226,6 @@ pub(crate) const HEADERS: [Source; 10] = [
 
 /// Head dimensions with kernels.
 pub(crate) const DIMS: [usize; 2] = [64, 128];
-/// Row counts of `select`, preferred first.
-pub(crate) const SELECT_ROWS: [usize; 3] = [64, 32, 16];
 const HALVES: [DType; 2] = [DType::F16, DType::Bf16];
 
 impl KernelSpec {
@@ -256,7 +261,7 @@ impl KernelSpec {
                 specs.push(Self::Attend { dim, dtype });
             }
             for pool in [Pool::SubBlock, Pool::Block] {
-                specs.extend(SELECT_ROWS.map(|rows| Self::Select { dim, pool, rows }));
+                specs.extend([Self::Score { dim, pool }, Self::Select { dim, pool }]);
             }
         }
         specs
@@ -311,12 +316,11 @@ impl KernelSpec {
             Self::Quantize { dim, dtype, pool } => {
                 format!("sparge::quantize<{dim}, {}, {}>", dtype.cuda_name(), pool as usize)
             }
-            Self::Select { dim, pool, rows } => {
+            Self::Score { dim, pool } => {
                 let (q, kv) = pool.subs();
-                let (tiles, groups) =
-                    (if rows == 16 { 1 } else { 2 }, if rows == 64 { 2 } else { 1 });
-                format!("sparge::select<{dim}, {q}, {kv}, {tiles}, {groups}>")
+                format!("sparge::score<{dim}, {q}, {kv}>")
             }
+            Self::Select { dim, pool } => format!("sparge::select<{dim}, {}>", pool.subs().0),
             Self::Attend { dim, dtype } => {
                 format!("sparge::attend_sm90<{dim}, {}, {STAGES}>", dtype.cuda_name())
             }
@@ -350,6 +354,7 @@ impl KernelSpec {
     pub(crate) fn source(&self) -> Source {
         match self {
             Self::Statistics { .. } | Self::Quantize { .. } => source!("prepare.cu"),
+            Self::Score { .. } => source!("score.cu"),
             Self::Select { .. } => source!("select.cu"),
             Self::Attend { .. } => source!("attend_sm90.cu"),
             Self::Upload
@@ -377,6 +382,8 @@ impl KernelSpec {
             // 32 pooled queries of two 256-wide features and padding.
             Self::Choose { .. } => 32 * (512 + 16) * 4,
             Self::Sample { dtype, .. } => Self::sample_shared_bytes(256, dtype),
+            // High and low part, in bf16.
+            Self::Score { dim, .. } => Self::slab_bytes(4 * dim),
             // Tiles of q, k and v, key scales, places of bad values: `Attend::BYTES`.
             Self::AttendMma { dim, mma, .. } => {
                 let pitch = |row: usize| if row.is_multiple_of(128) { row } else { row + 16 };
@@ -391,14 +398,19 @@ impl KernelSpec {
         }
     }
 
-    /// What `sample` needs of it: slabs of 64 rows × 128 bytes, of the queries and of the keys in flight.
+    /// What `sample` needs of it.
     pub(crate) fn sample_shared_bytes(dim: usize, dtype: DType) -> usize {
-        ((dim * dtype.bytes()).div_ceil(128) + 4) * SAMPLE_ROWS * 128
+        Self::slab_bytes(dim * dtype.bytes())
+    }
+
+    /// Slabs (64 rows × 128 bytes) of query rows of so many bytes and of the keys in flight.
+    fn slab_bytes(row: usize) -> usize {
+        (row.div_ceil(128) + 4) * SLAB_ROWS * 128
     }
 }
 
-/// Sampled queries that a thread block of `sample` scores together.
-pub(crate) const SAMPLE_ROWS: usize = 64;
+/// Rows that a thread block of `sample` or `score` scores together, and keys that it loads together.
+pub(crate) const SLAB_ROWS: usize = 64;
 
 /// What an H100 has for a thread block, less `select`'s own kilobyte.
 const SELECT_SHARED_BYTES: usize = 226 << 10;

@@ -12,6 +12,17 @@ use std::ops::Range;
 const THREADS: u32 = 256;
 const ATTEND_THREADS: u32 = 384;
 
+/// A selection for some heads.
+#[derive(Debug, Clone)]
+pub(crate) struct Pass {
+    pub(crate) heads: Range<usize>,
+    pub(crate) mask: u64,
+    /// What `sample` left of these heads; 0: nothing.
+    pub(crate) samples: u64,
+    /// Room for their scores.
+    pub(crate) scores: u64,
+}
+
 impl Hopper {
     /// Quantises and pools q, k and v into the workspace.
     ///
@@ -51,32 +62,28 @@ impl Hopper {
         }
     }
 
-    /// Chooses blocks for some heads and writes their part of the mask (`Attention::mask_shape`) to
-    /// `mask`; `samples`: what `sample` left of these heads, 0 for none. Needs `quantize` before it on
-    /// the same workspace. Does nothing where the config selects everything.
+    /// Chooses blocks for some heads and writes their part of the mask (`Attention::mask_shape`). Needs
+    /// `quantize` before it on the same workspace. Does nothing where the config selects everything.
     ///
     /// # Safety
-    /// As `Attention::forward`; `mask` is writable.
+    /// As `Attention::forward`; `pass.mask` is writable.
     ///
     /// # Errors
     /// As `Attention::forward`.
-    pub(crate) unsafe fn predict(
-        &self,
-        stream: Stream,
-        heads: Range<usize>,
-        mask: u64,
-        samples: u64,
-        workspace: u64,
-    ) -> Result<()> {
-        let Some((kernel, rows, shared)) = &self.kernels.select else { return Ok(()) };
+    pub(crate) unsafe fn predict(&self, stream: Stream, pass: Pass, workspace: u64) -> Result<()> {
+        let Some(select) = &self.kernels.select else { return Ok(()) };
         let mut args = self.arguments(workspace);
-        (args.mask, args.samples) = (mask, samples);
-        args.first_head = heads.start as i32;
-        let tiles = (args.q_blocks as usize * self.pooled_per_block()).div_ceil(*rows);
-        let pairs = self.shape.batch * heads.len();
-        // SAFETY: the grid and the shared memory match the kernel's contract.
+        (args.mask, args.samples, args.scores) = (pass.mask, pass.samples, pass.scores);
+        args.first_head = pass.heads.start as i32;
+        let pairs = (self.shape.batch * pass.heads.len()) as u32;
+        let groups = (args.q_blocks as usize).div_ceil(select.warps) as u32;
+        let masses = 4 * select.warps * args.kv_blocks as usize;
+        let threads = 32 * select.warps as u32;
+        // SAFETY: grids and shared memory match the kernels' contracts.
         unsafe {
-            enqueue(kernel, [tiles as u32, pairs as u32], THREADS, *shared, stream, &mut args)
+            let blocks = self.score_blocks() as u32;
+            enqueue(&select.score, [blocks, pairs], 128, select.score_shared, stream, &mut args)?;
+            enqueue(&select.choose, [groups, pairs], threads, masses, stream, &mut args)
         }
     }
 

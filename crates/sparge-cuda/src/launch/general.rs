@@ -139,6 +139,11 @@ impl General {
         if self.kernels.sample.is_some() { at + self.layout.samples as u64 } else { 0 }
     }
 
+    /// Where the fast path's selection keeps its scores.
+    pub(crate) fn scores(&self, at: u64) -> u64 {
+        at + self.layout.scores as u64
+    }
+
     /// Attention over the blocks of `mask` (all reachable ones for `None`).
     ///
     /// # Safety

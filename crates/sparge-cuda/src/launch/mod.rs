@@ -6,6 +6,7 @@ mod forward;
 mod general;
 
 pub(crate) use call::Call;
+pub(crate) use forward::Pass;
 
 use crate::device::Stream;
 use crate::error::{Result, driver};
@@ -61,6 +62,7 @@ pub(crate) struct Args {
     pub(crate) mask: u64,
     pub(crate) counters: u64,
     pub(crate) samples: u64,
+    pub(crate) scores: u64,
     pub(crate) batch: i32,
     pub(crate) heads: i32,
     pub(crate) kv_heads: i32,
@@ -78,15 +80,15 @@ pub(crate) struct Args {
     pub(crate) scale_log2: f32,
     pub(crate) sampled_rows: i32,
     pub(crate) first_head: i32,
-    pub(crate) unused: i32,
+    pub(crate) score_chunk: i32,
     pub(crate) budget: [Budget; MAX_HEADS],
 }
 
 // The size is asserted in types.cuh too.
-const _: () = assert!(size_of::<Args>() == 1344);
+const _: () = assert!(size_of::<Args>() == 1352);
 const _: () = assert!(offset_of!(Args, q8) == 136);
-const _: () = assert!(offset_of!(Args, batch) == 248);
-const _: () = assert!(offset_of!(Args, budget) == 320);
+const _: () = assert!(offset_of!(Args, batch) == 256);
+const _: () = assert!(offset_of!(Args, budget) == 328);
 
 impl Default for Args {
     fn default() -> Self {
@@ -114,6 +116,7 @@ impl Default for Args {
             mask: 0,
             counters: 0,
             samples: 0,
+            scores: 0,
             batch: 0,
             heads: 0,
             kv_heads: 0,
@@ -131,7 +134,7 @@ impl Default for Args {
             scale_log2: 0.0,
             sampled_rows: 0,
             first_head: 0,
-            unused: 0,
+            score_chunk: 0,
             budget: [Budget::default(); MAX_HEADS],
         }
     }

@@ -1,0 +1,80 @@
+// Products of a few rows and many keys, both in slabs: 128 bytes of 64 rows in shared memory.
+#pragma once
+#include "sparge/types.cuh"
+#include "sparge/ptx/math.cuh"
+#include "sparge/ptx/mma.cuh"
+#include "sparge/call.cuh"
+
+namespace sparge {
+
+constexpr int SLAB_ROWS = 64;
+constexpr int SLAB_THREADS = 128;  // each warp has 16 rows
+constexpr int SLAB = SLAB_ROWS * 128;
+constexpr int SLAB_STAGES = 4;     // slabs of keys in flight
+
+/// All threads start the copy of a slab: 128 bytes from byte `byte` on of rows of `width` bytes; those
+/// from row `rows` on are zero. `row(r)`: where row r starts.
+template <class Row>
+__device__ __forceinline__ void copy_slab(u32 to, int byte, int width, int rows, const Row &row) {
+    const int chunk = threadIdx.x % 8;
+    const bool is_inside = byte + 16 * chunk < width;
+#pragma unroll
+    for (int i = 0; i < SLAB_ROWS / (SLAB_THREADS / 8); i++) {
+        const int r = threadIdx.x / 8 + SLAB_THREADS / 8 * i;
+        const bool exists = is_inside && r < rows;
+        const u8 *from = row(exists ? r : 0) + (exists ? byte + 16 * chunk : 0);
+        copy16(to + Placed<128>::at(r, chunk), from, exists);
+    }
+}
+
+/// c += a·bᵀ over the 32 bytes of a row that the fragments hold; f32 in three tf32 products of both
+/// parts of each factor.
+template <class T>
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    mma_half<T>(c, a, b0, b1);
+}
+template <>
+__device__ __forceinline__ void multiply<F32>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    u32 top[4], rest[4];
+    const auto split = [](u32 x, u32 &hi, u32 &lo) {
+        hi = x & 0xffffe000u;
+        lo = as_bits(as_float(x) - as_float(hi));
+    };
+#pragma unroll
+    for (int i = 0; i < 4; i++) split(a[i], top[i], rest[i]);
+    u32 top0, rest0, top1, rest1;
+    split(b0, top0, rest0);
+    split(b1, top1, rest1);
+    mma_tf32(c, rest, top0, top1);
+    mma_tf32(c, top, rest0, rest1);
+    mma_tf32(c, top, top0, top1);
+}
+
+/// A warp adds the products of its 16 rows, of each of N slabs, with 64 keys over the slab's 128 bytes:
+/// c[n][2r + i] is row lane / 4 + 8r, key 8n + 2 · (lane % 4) + i.
+template <class T, int N>
+__device__ __forceinline__ void multiply_slabs(float (&c)[8][4], const u32 (&rows)[N], u32 keys) {
+    const int lane = threadIdx.x % 32;
+    // Of matrices 0 to 3: rows + 0, + 8, + 0, + 8 of 32 bytes' first, first, second, second half.
+    const u32 a_at = Placed<128>::at(threadIdx.x / 32 * 16 + lane % 16, lane / 16);
+    // Rows + 0, + 0, + 8, + 8; halves in turns.
+    const u32 b_at = Placed<128>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+        u32 x[N][4];
+#pragma unroll
+        for (int i = 0; i < N; i++) load_matrices(x[i], Placed<128>::step(rows[i] + a_at, step));
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            u32 y[4];
+            load_matrices(y, Placed<128>::step(keys + 16 * 128 * n + b_at, step));
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                multiply<T>(c[2 * n], x[i], y[0], y[1]);
+                multiply<T>(c[2 * n + 1], x[i], y[2], y[3]);
+            }
+        }
+    }
+}
+
+}  // namespace sparge
