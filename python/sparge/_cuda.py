@@ -6,6 +6,7 @@ can be captured in CUDA graphs (run each kind once before capturing: its kernels
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Optional
 
@@ -13,7 +14,8 @@ import torch
 
 from . import _sparge
 from ._config import parsed
-from ._ops_shapes import DTYPES, check_dtype, heads_and_lens, mask_shape, out_shape
+from ._mask import BLOCK_KV
+from ._ops_shapes import DTYPES, MAX_DIM, check_dtype, heads_and_lens, mask_shape, out_shape
 from ._sparge import SpargeError
 
 Tensor = torch.Tensor
@@ -354,8 +356,34 @@ def _reachable(
 
 
 def quantize(key: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``sparge::quantize`` on CUDA: refused, the kernels keep their own layout."""
-    raise NotImplementedError(
-        "sparge.quantize is not available on CUDA tensors: the kernels' layout is their own; "
-        "call it on key.cpu()"
-    )
+    """``sparge::quantize`` in plain torch operations: what the kernels keep (tiles of their own order,
+    less the mean of all keys) is another thing than what `Quantized` says.
+
+    Each step is the CPU's, sums in its order too, so the results are equal bit for bit.
+    """
+    check_dtype(key, key, key)
+    if 0 in key.shape or key.shape[3] > MAX_DIM:
+        raise SpargeError(
+            f"key has shape {tuple(key.shape)}, expected no size of 0 and a head_dim up to {MAX_DIM}"
+        )
+    rows = key.detach().float()
+    if layout == "NHD":
+        rows = rows.transpose(1, 2)
+    length = rows.shape[2]
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -length % BLOCK_KV))
+    blocks = padded.unflatten(2, (-1, BLOCK_KV))
+    means = torch.zeros_like(blocks[:, :, :, 0])
+    for token in range(BLOCK_KV):
+        means = means + blocks[:, :, :, token]
+    # Divisors are tensors: by a number a GPU multiplies with the reciprocal, which rounds otherwise.
+    starts = torch.arange(0, length, BLOCK_KV, device=key.device)
+    means = means / (length - starts).clamp(max=BLOCK_KV).float()[:, None]
+    rows = (blocks - means[:, :, :, None]).flatten(2, 3)[:, :, :length]
+    largest = rows.abs().amax(-1)
+    most = torch.full_like(largest, 127.0)
+    # Infinite where the largest is 0 or so small that 127/largest overflows: conversions saturate.
+    scaled = (rows * (most / largest)[..., None]).round().nan_to_num(0.0, 127.0, -128.0)
+    is_finite = rows.isfinite().all(-1)
+    values = torch.where(is_finite[..., None], scaled, 0.0).to(torch.int8)
+    scales = torch.where(is_finite, largest / most, math.nan)
+    return values.contiguous(), scales.contiguous(), means.contiguous()

@@ -11,7 +11,7 @@ import pytest
 import sparge
 import torch
 import torch.nn.functional as F
-from common import exact, expand, qkv, relative_l1
+from common import awkward_keys, exact, expand, qkv, relative_l1, same_bits
 from sparge import _cuda, _ops
 
 pytestmark = [
@@ -226,8 +226,35 @@ def test_refusals() -> None:
     with pytest.raises(sparge.SpargeError, match="isa"):
         config = sparge.Config(topk=0.5, isa="avx2")
         sparge.attention(q, k, v, config=config, enable_gqa=True)
-    with pytest.raises(NotImplementedError, match="quantize"):
+    with pytest.raises(sparge.SpargeError, match="float64"):
+        sparge.quantize(k.double())
+    with pytest.raises(sparge.SpargeError, match="head_dim up to 256"):
+        sparge.quantize(k.repeat(1, 1, 1, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_quantize_gives_the_bits_of_the_cpu(dtype: torch.dtype, layout: str) -> None:
+    k = awkward_keys(dtype)
+    k = k if layout == "HND" else k.transpose(1, 2)
+    got = sparge.quantize(k.cuda(), layout=layout)
+    want = sparge.quantize(k, layout=layout)
+    for name in ("values", "scales", "means"):
+        assert getattr(got, name).is_cuda
+        assert same_bits(getattr(got, name).cpu(), getattr(want, name))
+    torch.library.opcheck(_ops.quantize, (inputs(q_len=200)[1], layout))
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = _ops.quantize(mode.from_tensor(k.cuda()), layout)
+    assert [x.shape for x in fake] == [got.values.shape, got.scales.shape, got.means.shape]
+
+
+def test_quantize_does_not_wait_for_the_device() -> None:
+    _, k, _ = inputs(q_len=1000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         sparge.quantize(k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_tensors_on_another_device_are_refused() -> None:
