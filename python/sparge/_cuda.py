@@ -6,6 +6,7 @@ can be captured in CUDA graphs (run each kind once before capturing: its kernels
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from typing import Any, Optional
@@ -36,10 +37,10 @@ def nvrtc_dirs() -> "list[str]":
 def _raw(tensor: Tensor) -> "tuple[Tensor, _sparge._Raw]":
     """A tensor the kernels can read (16-byte steps), and its address, sizes and strides."""
     strides = tensor.stride()
-    size = tensor.element_size()
-    step = 16 // size
     address = tensor.data_ptr()
-    if strides[3] != 1 or address % 16 or any(s % step for s in strides[:3]):
+    a, b, c, last = strides
+    # All are multiples of a power of two if their bits together are one.
+    if last != 1 or address % 16 or (a | b | c) * tensor.element_size() % 16:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         strides, address = tensor.stride(), tensor.data_ptr()
     return tensor, (address, tensor.shape, strides)  # type: ignore[return-value]
@@ -58,16 +59,16 @@ class _Call:
         kv_lens: Optional[Tensor],
         settings: str,
     ) -> None:
-        self.device = query.device
-        for name, tensor in (
-            ("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask),
-            ("block_mask", block_mask),
-        ):  # fmt: skip
-            # Kernels get addresses: nothing below would notice.
-            if tensor is not None and (tensor.device != self.device or not tensor.is_cuda):
-                raise SpargeError(
-                    f"{name} is on {tensor.device} and query on {self.device}; they must be on one GPU"
-                )
+        self.device = device = query.device
+        # Kernels get addresses: nothing below would notice.
+        if not (
+            query.is_cuda
+            and key.device == device
+            and value.device == device
+            and (attn_mask is None or attn_mask.device == device)
+            and (block_mask is None or block_mask.device == device)
+        ):
+            raise _not_on_one_gpu(query, key, value, attn_mask, block_mask)
         lens = None if kv_lens is None else _host_lens(kv_lens)
         element = None
         if attn_mask is not None:
@@ -77,7 +78,9 @@ class _Call:
             if kind is None:
                 raise SpargeError(f"attn_mask is {attn_mask.dtype}, expected bool or float32")
             element = (kind, attn_mask.shape[1] > 1)
-        self.kind = _kind(query, key, value, settings, lens, element, block_mask is not None)
+        self.kind = _kind(
+            device, query, key, value, settings, lens, element, block_mask is not None
+        )
         self.query, self.q = _raw(query)
         self.key, self.k = _raw(key)
         self.value, self.v = _raw(value)
@@ -89,7 +92,7 @@ class _Call:
                 self._element(attn_mask, query, key, settings),
                 self._blocks(block_mask, kv_blocks),
             )
-        self.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        self.stream = torch._C._cuda_getCurrentRawStream(device.index)
         # Freed to the allocator right after the launch: what reuses it runs later on this stream.
         self.workspace = query.new_empty(self.kind.workspace_bytes, dtype=torch.uint8)
 
@@ -126,7 +129,7 @@ class _Call:
 
     def run(self, out: Tensor, lse: int, stats: int, keep_keys: str) -> None:
         """Enqueues the operator, and what `keep_keys` asks for between its two stages."""
-        _, at = _raw(out)
+        at: Any = (out.data_ptr(), out.shape, out.stride())
         tensors = (self.stream, self.q, self.k, self.v)
         with _on(self.device):
             if not keep_keys or not self.kind.predicts:
@@ -149,23 +152,29 @@ class _Call:
         return words
 
 
-class _on:
+_here = contextlib.nullcontext()
+
+
+def _on(device: torch.device) -> "contextlib.AbstractContextManager[Any]":
     """Makes a device current where it is not: the launch leaves its context current."""
+    is_current = torch._C._cuda_getDevice() == device.index
+    return _here if is_current else torch.cuda.device(device)
 
-    def __init__(self, device: torch.device) -> None:
-        is_current = torch._C._cuda_getDevice() == device.index
-        self.guard: Any = None if is_current else torch.cuda.device(device)
 
-    def __enter__(self) -> None:
-        if self.guard is not None:
-            self.guard.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.guard is not None:
-            self.guard.__exit__(*exception)
+def _not_on_one_gpu(query: Tensor, *others: Optional[Tensor]) -> SpargeError:
+    """Which tensor is where."""
+    names = ("query", "key", "value", "attn_mask", "block_mask")
+    for name, tensor in zip(names, (query, *others)):
+        if tensor is not None and (tensor.device != query.device or not tensor.is_cuda):
+            return SpargeError(
+                f"{name} is on {tensor.device} and query on {query.device}; "
+                "they must be on one GPU"
+            )
+    raise AssertionError("all are on one GPU")
 
 
 def _kind(
+    device: torch.device,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -176,7 +185,7 @@ def _kind(
 ) -> "_sparge.CudaCall":
     """The prepared call of this kind, kept: making it costs a validation, at first a compilation."""
     about = (
-        query.device.index, query.dtype, query.shape, key.shape, value.shape, settings, lens,
+        device.index, query.dtype, query.shape, key.shape, value.shape, settings, lens,
         element, has_blocks,
     )  # fmt: skip
     kind = _calls.get(about)
@@ -185,9 +194,9 @@ def _kind(
         if len(_calls) > 1024:
             _calls.clear()
         text, precision = _for_cuda(settings)
-        with _on(query.device):
+        with _on(device):
             kind = _sparge.CudaCall(
-                query.device.index,
+                device.index,
                 nvrtc_dirs(),
                 dtype,
                 (tuple(query.shape), tuple(key.shape), tuple(value.shape)),  # type: ignore[arg-type]
@@ -232,18 +241,30 @@ def _for_cuda(settings: str) -> tuple[str, str]:
     return " ".join(words), precision
 
 
+_bits: dict[Any, Tensor] = {}
+
+
+def _byte(device: torch.device) -> Tensor:
+    """The bits of a byte, the lowest first, kept on the device."""
+    found = _bits.get(device)
+    if found is None:
+        found = _bits[device] = torch.tensor(
+            [1 << bit for bit in range(8)], dtype=torch.uint8, device=device
+        )
+    return found
+
+
 def pack(mask: Tensor, words: int) -> Tensor:
     """A bool block mask as 32-bit words, the lowest bit first."""
     padded = torch.nn.functional.pad(mask, (0, words * 32 - mask.shape[3]))
-    bits = padded.unflatten(3, (words, 32)).to(torch.int64)
-    weights = torch.ones(32, dtype=torch.int64, device=mask.device).cumsum(0) - 1
-    return (bits << weights).sum(-1).to(torch.int32).contiguous()
+    bits = padded.view(torch.uint8).unflatten(3, (words * 4, 8)) * _byte(mask.device)
+    return bits.sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
 
 
 def unpack(words: Tensor, kv_blocks: int) -> Tensor:
     """32-bit words as a bool block mask."""
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words[..., None] >> shifts) & 1).bool().flatten(3)[..., :kv_blocks]
+    bits = words.view(torch.uint8)[..., None] & _byte(words.device)
+    return bits.flatten(3)[..., :kv_blocks] != 0
 
 
 _kept: dict[Any, Tensor] = {}
@@ -322,7 +343,7 @@ def predict(
     found = call.select()
     if keep_keys:
         found |= _kept_words(query.device, found.shape[3], keep_keys)
-    return unpack(found, shape[3]).contiguous()
+    return unpack(found, shape[3])
 
 
 def _reachable(
