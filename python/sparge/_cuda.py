@@ -2,6 +2,7 @@
 
 Nothing here waits for the device or copies from the host once a kind of call has been made, so calls
 can be captured in CUDA graphs (run each kind once before capturing: its kernels are compiled then).
+Two do wait: key lengths on a GPU, and a prediction that leaves nothing out (`_reachable`).
 """
 
 from __future__ import annotations
@@ -256,8 +257,10 @@ def _byte(device: torch.device) -> Tensor:
 
 def pack(mask: Tensor, words: int) -> Tensor:
     """A bool block mask as 32-bit words, the lowest bit first."""
-    padded = torch.nn.functional.pad(mask, (0, words * 32 - mask.shape[3]))
-    bits = padded.view(torch.uint8).unflatten(3, (words * 4, 8)) * _byte(mask.device)
+    missing = words * 32 - mask.shape[3]
+    if missing:
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    bits = mask.view(torch.uint8).unflatten(3, (words * 4, 8)) * _byte(mask.device)
     return bits.sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
 
 
@@ -355,7 +358,7 @@ def _reachable(
     settings: str,
 ) -> Tensor:
     """The blocks that the masks allow, which is the prediction where nothing is left out. Found on
-    the host, where the same rules are written down; a mask makes it wait for the device."""
+    the host, where the same rules are written down: copying them waits for the device."""
     from ._ops import _extra
 
     masks = [None if x is None else x.cpu() for x in (attn_mask, block_mask)]
