@@ -222,7 +222,11 @@ def predict(
 
 
 def quantize(key: Any, *, layout: str = "HND") -> Quantized:
-    """int8 keys as the operator's ``qk="int8"`` uses them; CPU only. See :class:`Quantized`."""
+    """int8 keys as the CPU operator's ``qk="int8"`` uses them. See :class:`Quantized`.
+
+    The same bits for a torch tensor on a GPU, there in plain torch operations: for inspection. The
+    CUDA kernels read int8 keys of another form, less their mean over the whole sequence.
+    """
     if layout not in ("HND", "NHD"):
         raise ValueError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
     if _is_torch(key):

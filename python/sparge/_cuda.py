@@ -2,10 +2,13 @@
 
 Nothing here waits for the device or copies from the host once a kind of call has been made, so calls
 can be captured in CUDA graphs (run each kind once before capturing: its kernels are compiled then).
+Two do wait: key lengths on a GPU, and a prediction that leaves nothing out (`_reachable`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from typing import Any, Optional
 
@@ -13,7 +16,8 @@ import torch
 
 from . import _sparge
 from ._config import parsed
-from ._ops_shapes import DTYPES, check_dtype, heads_and_lens, mask_shape, out_shape
+from ._mask import BLOCK_KV
+from ._ops_shapes import DTYPES, MAX_DIM, check_dtype, heads_and_lens, mask_shape, out_shape
 from ._sparge import SpargeError
 
 Tensor = torch.Tensor
@@ -34,10 +38,10 @@ def nvrtc_dirs() -> "list[str]":
 def _raw(tensor: Tensor) -> "tuple[Tensor, _sparge._Raw]":
     """A tensor the kernels can read (16-byte steps), and its address, sizes and strides."""
     strides = tensor.stride()
-    size = tensor.element_size()
-    step = 16 // size
     address = tensor.data_ptr()
-    if strides[3] != 1 or address % 16 or any(s % step for s in strides[:3]):
+    a, b, c, last = strides
+    # All are multiples of a power of two if their bits together are one.
+    if last != 1 or address % 16 or (a | b | c) * tensor.element_size() % 16:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         strides, address = tensor.stride(), tensor.data_ptr()
     return tensor, (address, tensor.shape, strides)  # type: ignore[return-value]
@@ -56,16 +60,16 @@ class _Call:
         kv_lens: Optional[Tensor],
         settings: str,
     ) -> None:
-        self.device = query.device
-        for name, tensor in (
-            ("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask),
-            ("block_mask", block_mask),
-        ):  # fmt: skip
-            # Kernels get addresses: nothing below would notice.
-            if tensor is not None and (tensor.device != self.device or not tensor.is_cuda):
-                raise SpargeError(
-                    f"{name} is on {tensor.device} and query on {self.device}; they must be on one GPU"
-                )
+        self.device = device = query.device
+        # Kernels get addresses: nothing below would notice.
+        if not (
+            query.is_cuda
+            and key.device == device
+            and value.device == device
+            and (attn_mask is None or attn_mask.device == device)
+            and (block_mask is None or block_mask.device == device)
+        ):
+            raise _not_on_one_gpu(query, key, value, attn_mask, block_mask)
         lens = None if kv_lens is None else _host_lens(kv_lens)
         element = None
         if attn_mask is not None:
@@ -75,7 +79,9 @@ class _Call:
             if kind is None:
                 raise SpargeError(f"attn_mask is {attn_mask.dtype}, expected bool or float32")
             element = (kind, attn_mask.shape[1] > 1)
-        self.kind = _kind(query, key, value, settings, lens, element, block_mask is not None)
+        self.kind = _kind(
+            device, query, key, value, settings, lens, element, block_mask is not None
+        )
         self.query, self.q = _raw(query)
         self.key, self.k = _raw(key)
         self.value, self.v = _raw(value)
@@ -87,7 +93,7 @@ class _Call:
                 self._element(attn_mask, query, key, settings),
                 self._blocks(block_mask, kv_blocks),
             )
-        self.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        self.stream = torch._C._cuda_getCurrentRawStream(device.index)
         # Freed to the allocator right after the launch: what reuses it runs later on this stream.
         self.workspace = query.new_empty(self.kind.workspace_bytes, dtype=torch.uint8)
 
@@ -124,7 +130,7 @@ class _Call:
 
     def run(self, out: Tensor, lse: int, stats: int, settings: str) -> None:
         """Enqueues the operator, and what `keep_keys` and `keep_queries` ask for between its two stages."""
-        _, at = _raw(out)
+        at: Any = (out.data_ptr(), out.shape, out.stride())
         tensors = (self.stream, self.q, self.k, self.v)
         with _on(self.device):
             if " keep_" not in settings or not self.kind.predicts:
@@ -147,23 +153,29 @@ class _Call:
         return words
 
 
-class _on:
+_here = contextlib.nullcontext()
+
+
+def _on(device: torch.device) -> "contextlib.AbstractContextManager[Any]":
     """Makes a device current where it is not: the launch leaves its context current."""
+    is_current = torch._C._cuda_getDevice() == device.index
+    return _here if is_current else torch.cuda.device(device)
 
-    def __init__(self, device: torch.device) -> None:
-        is_current = torch._C._cuda_getDevice() == device.index
-        self.guard: Any = None if is_current else torch.cuda.device(device)
 
-    def __enter__(self) -> None:
-        if self.guard is not None:
-            self.guard.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.guard is not None:
-            self.guard.__exit__(*exception)
+def _not_on_one_gpu(query: Tensor, *others: Optional[Tensor]) -> SpargeError:
+    """Which tensor is where."""
+    names = ("query", "key", "value", "attn_mask", "block_mask")
+    for name, tensor in zip(names, (query, *others)):
+        if tensor is not None and (tensor.device != query.device or not tensor.is_cuda):
+            return SpargeError(
+                f"{name} is on {tensor.device} and query on {query.device}; "
+                "they must be on one GPU"
+            )
+    raise AssertionError("all are on one GPU")
 
 
 def _kind(
+    device: torch.device,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -174,7 +186,7 @@ def _kind(
 ) -> "_sparge.CudaCall":
     """The prepared call of this kind, kept: making it costs a validation, at first a compilation."""
     about = (
-        query.device.index, query.dtype, query.shape, key.shape, value.shape, settings, lens,
+        device.index, query.dtype, query.shape, key.shape, value.shape, settings, lens,
         element, has_blocks,
     )  # fmt: skip
     kind = _calls.get(about)
@@ -183,9 +195,9 @@ def _kind(
         if len(_calls) > 1024:
             _calls.clear()
         text, precision = _for_cuda(settings)
-        with _on(query.device):
+        with _on(device):
             kind = _sparge.CudaCall(
-                query.device.index,
+                device.index,
                 nvrtc_dirs(),
                 dtype,
                 (tuple(query.shape), tuple(key.shape), tuple(value.shape)),  # type: ignore[arg-type]
@@ -230,18 +242,32 @@ def _for_cuda(settings: str) -> tuple[str, str]:
     return " ".join(words), precision
 
 
+_bits: dict[Any, Tensor] = {}
+
+
+def _byte(device: torch.device) -> Tensor:
+    """The bits of a byte, the lowest first, kept on the device."""
+    found = _bits.get(device)
+    if found is None:
+        found = _bits[device] = torch.tensor(
+            [1 << bit for bit in range(8)], dtype=torch.uint8, device=device
+        )
+    return found
+
+
 def pack(mask: Tensor, words: int) -> Tensor:
     """A bool block mask as 32-bit words, the lowest bit first."""
-    padded = torch.nn.functional.pad(mask, (0, words * 32 - mask.shape[3]))
-    bits = padded.unflatten(3, (words, 32)).to(torch.int64)
-    weights = torch.ones(32, dtype=torch.int64, device=mask.device).cumsum(0) - 1
-    return (bits << weights).sum(-1).to(torch.int32).contiguous()
+    missing = words * 32 - mask.shape[3]
+    if missing:
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    bits = mask.view(torch.uint8).unflatten(3, (words * 4, 8)) * _byte(mask.device)
+    return bits.sum(-1, dtype=torch.uint8).contiguous().view(torch.int32)
 
 
 def unpack(words: Tensor, kv_blocks: int) -> Tensor:
     """32-bit words as a bool block mask."""
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words[..., None] >> shifts) & 1).bool().flatten(3)[..., :kv_blocks]
+    bits = words.view(torch.uint8)[..., None] & _byte(words.device)
+    return bits.flatten(3)[..., :kv_blocks] != 0
 
 
 _kept: dict[Any, Tensor] = {}
@@ -333,7 +359,7 @@ def predict(
         return _reachable(query, key, attn_mask, block_mask, kv_lens, settings)
     found = call.select()
     _keep_more(found, settings)
-    return unpack(found, shape[3]).contiguous()
+    return unpack(found, shape[3])
 
 
 def _reachable(
@@ -345,7 +371,7 @@ def _reachable(
     settings: str,
 ) -> Tensor:
     """The blocks that the masks allow, which is the prediction where nothing is left out. Found on
-    the host, where the same rules are written down; a mask makes it wait for the device."""
+    the host, where the same rules are written down: copying them waits for the device."""
     from ._ops import _extra
 
     masks = [None if x is None else x.cpu() for x in (attn_mask, block_mask)]
@@ -367,8 +393,34 @@ def _reachable(
 
 
 def quantize(key: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``sparge::quantize`` on CUDA: refused, the kernels keep their own layout."""
-    raise NotImplementedError(
-        "sparge.quantize is not available on CUDA tensors: the kernels' layout is their own; "
-        "call it on key.cpu()"
-    )
+    """``sparge::quantize`` in plain torch operations: what the kernels keep (tiles of their own order,
+    less the mean of all keys) is another thing than what `Quantized` says.
+
+    Each step is the CPU's, sums in its order too, so the results are equal bit for bit.
+    """
+    check_dtype(key, key, key)
+    if 0 in key.shape or key.shape[3] > MAX_DIM:
+        raise SpargeError(
+            f"key has shape {tuple(key.shape)}, expected no size of 0 and a head_dim up to {MAX_DIM}"
+        )
+    rows = key.detach().float()
+    if layout == "NHD":
+        rows = rows.transpose(1, 2)
+    length = rows.shape[2]
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -length % BLOCK_KV))
+    blocks = padded.unflatten(2, (-1, BLOCK_KV))
+    means = torch.zeros_like(blocks[:, :, :, 0])
+    for token in range(BLOCK_KV):
+        means = means + blocks[:, :, :, token]
+    # Divisors are tensors: by a number a GPU multiplies with the reciprocal, which rounds otherwise.
+    starts = torch.arange(0, length, BLOCK_KV, device=key.device)
+    means = means / (length - starts).clamp(max=BLOCK_KV).float()[:, None]
+    rows = (blocks - means[:, :, :, None]).flatten(2, 3)[:, :, :length]
+    largest = rows.abs().amax(-1)
+    most = torch.full_like(largest, 127.0)
+    # Infinite where the largest is 0 or so small that 127/largest overflows: conversions saturate.
+    scaled = (rows * (most / largest)[..., None]).round().nan_to_num(0.0, 127.0, -128.0)
+    is_finite = rows.isfinite().all(-1)
+    values = torch.where(is_finite[..., None], scaled, 0.0).to(torch.int8)
+    scales = torch.where(is_finite, largest / most, math.nan)
+    return values.contiguous(), scales.contiguous(), means.contiguous()

@@ -10,6 +10,7 @@ from ._sparge import SpargeError
 Tensor = torch.Tensor
 
 DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+MAX_DIM = 256  # of keys and values, as in crate `sparge`
 
 
 def is_nhd(settings: str) -> bool:

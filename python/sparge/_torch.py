@@ -207,16 +207,17 @@ def is_plain_and_short(
     """Whether a call with the defaults is one that SDPA serves, and nothing is wrong with it."""
     return (
         query.ndim == 4
-        and query.is_cpu
+        and (query.is_cpu or query.is_cuda)
         and (enable_gqa or query.shape[1] == key.shape[1])
-        and key.shape[2] < CPU_MIN_LEN
+        and key.shape[2] < (CPU_MIN_LEN if query.is_cpu else CUDA_MIN_LEN)
+        and key.device == value.device == query.device
         and not (query.requires_grad or key.requires_grad or value.requires_grad)
         and not (is_causal and attn_mask is not None)
         and query.shape[0] == key.shape[0] == value.shape[0]
         and (
             attn_mask is None
             or attn_mask.dtype in (torch.bool, query.dtype)
-            and attn_mask.is_cpu
+            and attn_mask.device == query.device
             and not attn_mask.requires_grad
         )
     )
@@ -454,10 +455,9 @@ def predict(
     _check_dims(query, key, key)
     _check(query, key, key, 0.0, causal is not None, attn_mask, True, layout)
     q_len, kv_len = _lens(query, key, layout)
-    text, _ = _settings(
-        kv_len, (config or Config()).override(**knobs), None, None, None, None, None, layout, scale,
-        causal, window, None, None,
-        _is_short(query, q_len, kv_len, AUTO),
+    text, _ = _kept_settings(
+        config, kv_len, knobs["topk"], knobs["cdf"], knobs["theta"], None, knobs["policy"], layout,
+        scale, causal, window, None, None, _is_short(query, q_len, kv_len, AUTO),
     )  # fmt: skip
     query, key, _ = _one_batch(query, key, key)
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)

@@ -87,3 +87,26 @@ def relative_l1(got: Any, want: Any) -> float:
     """Σ|got − want| / Σ|want|"""
     got, want = torch.as_tensor(got).double(), torch.as_tensor(want).double()
     return float((got - want).abs().sum() / want.abs().sum())
+
+
+def awkward_keys(dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """Keys of a ragged length with all that quantising treats apart: NaN, ±∞, equal and tiny ones."""
+    _, keys, _ = qkv(q_len=300, dim=40, batch=2, dtype=dtype)
+    keys = keys + 3 * torch.randn(1, 2, 1, 40, dtype=dtype)
+    keys[0, 0, 70, 3] = math.nan
+    keys[0, 0, 130, 5] = math.inf
+    keys[0, 0, 200, 5] = -math.inf
+    keys[0, 1, 64:128] = 1.5
+    keys[1, 0, 128:192] = 0.0
+    keys[1, 0, 128:192, 7] = torch.linspace(-1, 1, 64).to(dtype) * torch.finfo(dtype).tiny
+    keys[1, 1, 0] = torch.finfo(dtype).max
+    return keys.to(device)
+
+
+def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Equal, of one type and with the same strides; any NaN stands for any other."""
+    if got.dtype != want.dtype or got.stride() != want.stride():
+        return False
+    if got.dtype == torch.float32:
+        got, want = (x.masked_fill(x.isnan(), math.nan).view(torch.int32) for x in (got, want))
+    return torch.equal(got, want)

@@ -10,7 +10,8 @@ import pytest
 import sparge
 import torch
 import torch.nn.functional as F
-from common import exact, expand, qkv, relative_l1
+from common import awkward_keys, exact, expand, qkv, relative_l1, same_bits
+from sparge import _cuda, _ops
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -245,6 +246,21 @@ def test_quantize() -> None:
     assert ((back - k).abs() <= got.scales[..., None] * 0.5001).all()
     nhd = sparge.quantize(k.transpose(1, 2).contiguous(), layout="NHD")
     assert torch.equal(nhd.values, got.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_what_quantizes_on_a_gpu_gives_the_same_bits(dtype: torch.dtype, layout: str) -> None:
+    """It is plain torch, so it can be run here."""
+    k = awkward_keys(dtype)
+    for length in (300, 256, 64, 1):
+        keys = k[:, :, :length] if layout == "HND" else k[:, :, :length].transpose(1, 2)
+        for got, want in zip(_cuda.quantize(keys, layout), _ops.quantize(keys, layout)):
+            assert same_bits(got, want)
+    for wrong in (k[:0], k[:, :0], k[:, :, :0], k[..., :0], k.repeat(1, 1, 1, 7), k.double(), k[0]):
+        for quantize in (_cuda.quantize, _ops.quantize):
+            with pytest.raises(sparge.SpargeError):
+                quantize(wrong, layout)
 
 
 def test_plot_is_a_png_of_the_mask(tmp_path: Any) -> None:

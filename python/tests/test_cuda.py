@@ -11,7 +11,7 @@ import pytest
 import sparge
 import torch
 import torch.nn.functional as F
-from common import exact, expand, qkv, relative_l1
+from common import awkward_keys, exact, expand, qkv, relative_l1, same_bits
 from sparge import _cuda, _ops
 
 pytestmark = [
@@ -197,13 +197,29 @@ def test_another_device_than_the_current_one() -> None:
                                                    enable_gqa=True).cpu())  # fmt: skip
 
 
-def test_a_call_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("asked", ["out", "lse", "lengths", "keep_keys", "mask", "blocks", "predict"])
+def test_a_call_does_not_wait_for_the_device(asked: str) -> None:
     q, k, v = inputs(q_len=1200)
-    sparge.attention(q, k, v, topk=0.5, enable_gqa=True)
+    blocks = sparge.predict(q, k, topk=0.5)
+    options: dict[str, Any] = {
+        "lse": {"return_lse": True, "return_stats": True},
+        "lengths": {"key_lengths": [1000]},
+        "keep_keys": {"keep_keys": ((300, 400),)},
+        "mask": {"attn_mask": torch.rand(1200, 1200, device="cuda") < 0.9},
+    }.get(asked, {})
+
+    def call() -> Any:
+        if asked == "predict":
+            return sparge.predict(q, k, topk=0.5)
+        if asked == "blocks":
+            return sparge.block_sparse_attention(q, k, v, blocks, enable_gqa=True)
+        return sparge.attention(q, k, v, topk=0.5, enable_gqa=True, **options)
+
+    call()
     torch.cuda.synchronize()
     torch.cuda._sleep(400_000_000)  # about 0.2 s of busy device
     begin = time.perf_counter()
-    sparge.attention(q, k, v, topk=0.5, enable_gqa=True)
+    call()
     passed = time.perf_counter() - begin
     assert not torch.cuda.current_stream().query() and passed < 0.05
     torch.cuda.synchronize()
@@ -232,8 +248,36 @@ def test_refusals() -> None:
     with pytest.raises(sparge.SpargeError, match="isa"):
         config = sparge.Config(topk=0.5, isa="avx2")
         sparge.attention(q, k, v, config=config, enable_gqa=True)
-    with pytest.raises(NotImplementedError, match="quantize"):
+    with pytest.raises(sparge.SpargeError, match="float64"):
+        sparge.quantize(k.double())
+    with pytest.raises(sparge.SpargeError, match="head_dim up to 256"):
+        sparge.quantize(k.repeat(1, 1, 1, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_quantize_gives_the_bits_of_the_cpu(dtype: torch.dtype, layout: str) -> None:
+    k = awkward_keys(dtype)
+    k = k if layout == "HND" else k.transpose(1, 2)
+    on_gpu = k.cuda()
+    got, want = (sparge.quantize(x, layout=layout) for x in (on_gpu, k))
+    for name in ("values", "scales", "means"):
+        assert getattr(got, name).is_cuda
+        assert same_bits(getattr(got, name).cpu(), getattr(want, name))
+    torch.library.opcheck(_ops.quantize, (inputs(q_len=200)[1], layout))
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = _ops.quantize(mode.from_tensor(on_gpu), layout)
+    assert [x.shape for x in fakes] == [got.values.shape, got.scales.shape, got.means.shape]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+def test_quantize_does_not_wait_for_the_device() -> None:
+    _, k, _ = inputs(q_len=1000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         sparge.quantize(k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_tensors_on_another_device_are_refused() -> None:

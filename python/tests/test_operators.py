@@ -8,7 +8,7 @@ import pytest
 import sparge
 import torch
 from common import qkv
-from sparge import _ops
+from sparge import _cuda, _ops
 
 HND = "layout=HND topk=0.5"
 
@@ -34,6 +34,17 @@ def test_opcheck(settings: str, masks: str) -> None:
     torch.library.opcheck(_ops.attention_full, (q, k, v, *more))
     torch.library.opcheck(_ops.predict, (q, k, *more))
     torch.library.opcheck(_ops.quantize, (k, settings[7:10]))
+
+
+def test_words_of_block_masks() -> None:
+    lying = (torch.rand(2, 77, 3, 5) < 0.5).permute(0, 2, 3, 1)
+    for mask in (lying, lying[:1, :, :1, :64].expand(2, 3, 4, 64)):
+        words = _cuda.pack(mask, 4)
+        assert words.dtype == torch.int32 and words.is_contiguous()
+        number = sum((int(x) & 0xFFFFFFFF) << (32 * i) for i, x in enumerate(words[1, 2, 3]))
+        assert number == sum(1 << i for i, bit in enumerate(mask[1, 2, 3]) if bit)
+        back = _cuda.unpack(words, mask.shape[3])
+        assert back.is_contiguous() and torch.equal(back, mask)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
