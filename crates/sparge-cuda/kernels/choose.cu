@@ -373,11 +373,12 @@ choose(const __grid_constant__ Call a) {
                 forced += (kind[j] & FORCED) != 0;
                 mass[j] = m;
             }
-            const float *shares = nullptr;
-            if (a.samples)
-                shares = sum_shares(samples_of(a, s, head_index) +
-                                        static_cast<i64>(q_block) * a.sampled_rows * kv_blocks,
-                                    a.sampled_rows, kv_blocks, kv_blocks);
+            float *shares = nullptr;
+            if (a.samples) {
+                shares = samples_of(a, s, head_index) +
+                         static_cast<i64>(q_block) * a.sampled_rows * kv_blocks;
+                sum_shares(shares, shares, a.sampled_rows, kv_blocks, kv_blocks);
+            }
             float sampled = 0.f;
             for (int j = lane; shares && j < kv_blocks; j += 32)
                 if (kind[j] & SCORED) sampled += shares[j];

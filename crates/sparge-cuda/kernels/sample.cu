@@ -1,7 +1,7 @@
 // A few queries of each block against every key: no pooling, so no bias, but few. Both paths'
 // selections mix their shares with the pooled masses.
 //
-// A thread block scores 64 sampled queries of one head against a chunk of its keys, in products of
+// A thread block scores 128 sampled queries (f32: 64) of one head against a chunk of its keys, in products of
 // the element type. Keys come through a ring of slabs in shared memory. What stays is the log-sum-exp
 // of every (query, key block).
 #include "sparge/types.cuh"
@@ -16,6 +16,9 @@ static_assert(SLAB_ROWS == BLOCK_KV, "a tile of keys is a key block");
 
 template <class T> constexpr int SIZE = 2;
 template <> constexpr int SIZE<F32> = 4;
+/// Slabs of queries: an Ada GPU has no room for two of f32.
+template <class T> constexpr int HALVES = 2;
+template <> constexpr int HALVES<F32> = 1;
 
 /// The query that is sample `at` of a sequence, `count` to a block: the middles of equal parts.
 __device__ __forceinline__ int place_of(int at, int count, int q_len) {
@@ -23,15 +26,16 @@ __device__ __forceinline__ int place_of(int at, int count, int q_len) {
     return start + (2 * (at % count) + 1) * rows / (2 * count);
 }
 
-/// Grid: x: groups of 64 samples, then heads from `first_head` on, then sequences, then chunks of
+/// Grid: x: groups of 64 · HALVES samples, then heads from `first_head` on, then sequences, then chunks of
 /// `sample_chunk` key blocks. Dynamic shared memory: the queries' slabs, then the ring.
 template <class T, bool HAS_MASK>
-__global__ void __launch_bounds__(SLAB_THREADS) sample(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(SLAB_THREADS, 4) sample(const __grid_constant__ Call a) {
     extern __shared__ __align__(128) u8 tiles[];
-    const int count = a.sampled_rows, groups = ceil_div(a.q_blocks * count, SLAB_ROWS);
+    constexpr int ROWS = HALVES<T> * SLAB_ROWS;
+    const int count = a.sampled_rows, groups = ceil_div(a.q_blocks * count, ROWS);
     int item = blockIdx.x;
     // The last queries first: where it is causal they see the most.
-    const int first = (groups - 1 - item % groups) * SLAB_ROWS;
+    const int first = (groups - 1 - item % groups) * ROWS;
     item /= groups;
     const int head = a.first_head + item % a.some_heads;
     item /= a.some_heads;
@@ -46,14 +50,13 @@ __global__ void __launch_bounds__(SLAB_THREADS) sample(const __grid_constant__ C
 
     // The samples' query blocks see more than they do.
     const int from = first / count * BLOCK_Q;
-    const int to = min(s.q_len, (min(samples, first + SLAB_ROWS) - 1) / count * BLOCK_Q + BLOCK_Q);
+    const int to = min(s.q_len, (min(samples, first + ROWS) - 1) / count * BLOCK_Q + BLOCK_Q);
     float *lse = samples_of(a, s, head) + static_cast<i64>(first) * kv_blocks;
-    const int most = min(SLAB_ROWS, samples - first);
-    const int mine[2] = {warp * 16 + g, warp * 16 + g + 8};
-    const int places[2] = {place_of(first + min(mine[0], most - 1), count, s.q_len),
-                           place_of(first + min(mine[1], most - 1), count, s.q_len)};
-    const auto write = [&](int r, int block, float x) {
-        if (t == 0 && mine[r] < most) lse[static_cast<i64>(mine[r]) * kv_blocks + block] = x;
+    const int most = min(ROWS, samples - first);
+    // A lane's rows.
+    const auto row_of = [&](int e) { return e / 2 * SLAB_ROWS + warp * 16 + g + e % 2 * 8; };
+    const auto write = [&](int e, int block, float x) {
+        if (t == 0 && row_of(e) < most) lse[static_cast<i64>(row_of(e)) * kv_blocks + block] = x;
     };
     const auto coverage = [&](int key, int key_end) {
         const bool crosses = key < view.sink && view.sink < key_end;
@@ -61,21 +64,23 @@ __global__ void __launch_bounds__(SLAB_THREADS) sample(const __grid_constant__ C
     };
     if (coverage(block0 * BLOCK_KV, min(s.kv_len, block_end * BLOCK_KV)) == EMPTY_TILE) {
         for (int j = block0; j < block_end; j++)
-            for (int r = 0; r < 2; r++) write(r, j, MINUS_INFINITY);
+            for (int e = 0; e < 2 * HALVES<T>; e++) write(e, j, MINUS_INFINITY);
         return;
     }
 
     const int width = a.dim * SIZE<T>, slabs = ceil_div(width, 128);
-    const u32 queries = smem(tiles), ring = queries + slabs * SLAB;
+    const u32 queries = smem(tiles), ring = queries + HALVES<T> * slabs * SLAB;
     const u8 *q = static_cast<const u8 *>(a.q) +
                   SIZE<T> * (s.batch * a.qs.batch + head * a.qs.head + s.q_start * a.qs.token);
     const u8 *k = static_cast<const u8 *>(a.k) +
                   SIZE<T> * (s.batch * a.ks.batch + head / (a.heads / a.kv_heads) * a.ks.head +
                              s.kv_start * a.ks.token);
-    for (int slab = 0; slab < slabs; slab++)
-        copy_slab(queries + slab * SLAB, 128 * slab, width, most, [&](int r) {
-            return q + SIZE<T> * a.qs.token * place_of(first + r, count, s.q_len);
+    for (int i = 0; i < HALVES<T> * slabs; i++) {
+        const int row = i / slabs * SLAB_ROWS;
+        copy_slab(queries + i * SLAB, 128 * (i % slabs), width, most - row, [&](int r) {
+            return q + SIZE<T> * a.qs.token * place_of(first + row + r, count, s.q_len);
         });
+    }
     // What the ring is asked for next.
     int next_block = block0, next_slab = 0, next_stage = 0;
     const auto fetch = [&] {
@@ -92,35 +97,39 @@ __global__ void __launch_bounds__(SLAB_THREADS) sample(const __grid_constant__ C
 
     int stage = 0;
     for (int block = block0; block < block_end; block++) {
-        float c[8][4] = {};
+        float c[HALVES<T>][8][4] = {};
 #pragma unroll 1
         for (int slab = 0; slab < slabs; slab++) {
             copy_wait<SLAB_STAGES - 2>();
             __syncthreads();  // the slab is there, and all are done with the one before
             fetch();
-            multiply_slabs<T, 1>(c, {queries + slab * SLAB}, ring + stage * SLAB);
+            multiply_slabs<T, 1>(c, {queries + slab * SLAB}, slabs * SLAB, ring + stage * SLAB);
             if (++stage == SLAB_STAGES) stage = 0;
         }
         const int key = block * BLOCK_KV, key_end = min(s.kv_len, key + BLOCK_KV);
         const bool plain =
-            !HAS_MASK && key_end - key == BLOCK_KV && coverage(key, key_end) == FULL_TILE;
+            !HAS_MASK && key_end - key == BLOCK_KV && a.scale_log2 > 0.f && coverage(key, key_end) == FULL_TILE;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int place = places[r];
-            float x[16];
+        for (int e = 0; e < 2 * HALVES<T>; e++) {
+            float x[16], scale = a.scale_log2;
 #pragma unroll
-            for (int i = 0; i < 16; i++) x[i] = c[i / 2][2 * r + i % 2] * a.scale_log2;
+            for (int i = 0; i < 16; i++) x[i] = c[e / 2][i / 2][e % 2 * 2 + i % 2];
             if (!plain) {
+                scale = 1.f;
+                const int place = place_of(first + min(row_of(e), most - 1), count, s.q_len);
                 const ElementMask mask(a, sequence, a.element_heads == 1 ? 0 : head);
                 const int lo = view.lo(place), hi = view.hi(place);
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
                     const int at = key + 8 * (i / 2) + 2 * t + i % 2;
+                    x[i] *= a.scale_log2;
                     bool seen = at < hi && (at >= lo || at < view.sink);
                     if (HAS_MASK && seen) {
                         float bias;
                         seen = mask.sees(place, at, bias);
                         x[i] += bias_log2(bias);
+                        // One at a time: sixteen loads in flight take too many registers.
+                        asm volatile("" ::: "memory");
                     }
                     if (!seen) x[i] = MINUS_INFINITY;
                 }
@@ -130,14 +139,15 @@ __global__ void __launch_bounds__(SLAB_THREADS) sample(const __grid_constant__ C
             for (int i = 1; i < 16; i++) top = fmaxf(top, x[i]);
             top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
             top = fmaxf(top, __shfl_xor_sync(FULL, top, 2));
+            top *= scale;
             const float base = top == MINUS_INFINITY ? 0.f : top;
             float sum = 0.f;
 #pragma unroll
-            for (int i = 0; i < 16; i++) sum += ex2(x[i] - base);
+            for (int i = 0; i < 16; i++) sum += ex2(fmaf(x[i], scale, -base));
             sum += __shfl_xor_sync(FULL, sum, 1);
             sum += __shfl_xor_sync(FULL, sum, 2);
             const bool none = top == MINUS_INFINITY && sum == 0.f;
-            write(r, block, none ? MINUS_INFINITY : top + lg2(sum));
+            write(e, block, none ? MINUS_INFINITY : top + lg2(sum));
         }
     }
 }

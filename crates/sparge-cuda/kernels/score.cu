@@ -1,7 +1,7 @@
 // The fast path's pooled scores: of every pooled query, the log-sum-exp of each key block.
 //
 // Products are of bf16 with both parts of each factor (q·k = hi·hi + lo·hi + hi·lo, 16 bits of
-// mantissa). A thread block has 64 pooled queries of a head and a chunk of its pooled keys, which come
+// mantissa). A thread block has 128 pooled queries of a head and a chunk of its pooled keys, which come
 // through a ring of slabs.
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
@@ -12,7 +12,7 @@ namespace sparge {
 
 constexpr float MINUS_INFINITY = -1.f / 0.f;
 
-/// Grid (groups of 64 pooled queries, then chunks of `score_chunk` times 64 pooled keys; heads from
+/// Grid (groups of 128 pooled queries, then chunks of `score_chunk` times 64 pooled keys; heads from
 /// `first_head` on, then batch entries). SUBS_Q, SUBS_K: pooled rows per query block and per key block.
 /// Dynamic shared memory: the queries' slabs, then the ring.
 template <int D, int SUBS_Q, int SUBS_K>
@@ -20,28 +20,30 @@ __global__ void __launch_bounds__(SLAB_THREADS) score(const __grid_constant__ Ar
     static_assert(SUBS_K == 1 || SUBS_K == 4, "a block's pooled keys are those of two lanes");
     constexpr int SUB_Q = BLOCK_Q / SUBS_Q, SUB_K = BLOCK_KV / SUBS_K;
     constexpr int PART = D / 64, SLABS = 2 * PART;  // of the high or the low parts; of a pooled row
-    constexpr int WIDTH = 128 * SLABS;
+    constexpr int WIDTH = 128 * SLABS, ROWS = 2 * SLAB_ROWS;
     extern __shared__ __align__(128) u8 tiles[];
     const int some_heads = gridDim.y / a.batch, batch = blockIdx.y / some_heads;
     const int head = a.first_head + blockIdx.y % some_heads, pair = batch * a.heads + head;
     const int kv_pair = batch * a.kv_heads + head / (a.heads / a.kv_heads);
-    const int subs = a.q_blocks * SUBS_Q, groups = ceil_div(subs, SLAB_ROWS);
+    const int subs = a.q_blocks * SUBS_Q, groups = ceil_div(subs, ROWS);
     // The last queries first: where it is causal they see the most.
-    const int first = (groups - 1 - static_cast<int>(blockIdx.x) % groups) * SLAB_ROWS;
+    const int first = (groups - 1 - static_cast<int>(blockIdx.x) % groups) * ROWS;
     const Row nearest(a, first / SUBS_Q);
-    const Row furthest(a, min(a.q_blocks, ceil_div(first + SLAB_ROWS, SUBS_Q)) - 1);
+    const Row furthest(a, min(a.q_blocks, ceil_div(first + ROWS, SUBS_Q)) - 1);
     const int begin = static_cast<int>(blockIdx.x) / groups * a.score_chunk * SLAB_ROWS;
     const int sub_end = min(furthest.scored * SUBS_K, ceil_div(a.kv_len, SUB_K));
     const int end = min(sub_end, begin + a.score_chunk * SLAB_ROWS);
     if (begin >= end || a.budget[head].top_k >= 1.f) return;
 
-    const u32 queries = smem(tiles), ring = queries + SLABS * SLAB;
+    const u32 queries = smem(tiles), ring = queries + 2 * SLABS * SLAB;
     const u8 *q = reinterpret_cast<const u8 *>(a.q_pool) + (static_cast<i64>(pair) * subs + first) * WIDTH;
     const u8 *k = reinterpret_cast<const u8 *>(a.k_pool) +
                   static_cast<i64>(kv_pair) * a.kv_blocks * SUBS_K * WIDTH;
-    for (int slab = 0; slab < SLABS; slab++)
-        copy_slab(queries + slab * SLAB, 128 * slab, WIDTH, ceil_div(a.qo_len, SUB_Q) - first,
-                  [&](int r) { return q + r * WIDTH; });
+    for (int i = 0; i < 2 * SLABS; i++) {
+        const int row = i / SLABS * SLAB_ROWS;
+        copy_slab(queries + i * SLAB, 128 * (i % SLABS), WIDTH, ceil_div(a.qo_len, SUB_Q) - first - row,
+                  [&](int r) { return q + (row + r) * WIDTH; });
+    }
     // What the ring is asked for next.
     int next = begin, next_slab = 0, next_stage = 0;
     const auto fetch = [&] {
@@ -63,28 +65,29 @@ __global__ void __launch_bounds__(SLAB_THREADS) score(const __grid_constant__ Ar
     const int plain = min(visible_end(a, nearest.first), nearest.scored * BLOCK_KV);
     int stage = 0;
     for (int k0 = begin; k0 < end; k0 += SLAB_ROWS) {
-        float c[8][4] = {};
+        float c[2][8][4] = {};
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++) {
             copy_wait<SLAB_STAGES - 2>();
             __syncthreads();  // the slab is there, and all are done with the one before
             fetch();
             const u32 keys = ring + stage * SLAB, high = queries + slab % PART * SLAB;
-            if (slab < PART) multiply_slabs<Bf16, 2>(c, {high + PART * SLAB, high}, keys);
-            else multiply_slabs<Bf16, 1>(c, {high}, keys);
+            constexpr int APART = SLABS * SLAB;
+            if (slab < PART) multiply_slabs<Bf16, 2>(c, {high + PART * SLAB, high}, APART, keys);
+            else multiply_slabs<Bf16, 1>(c, {high}, APART, keys);
             if (++stage == SLAB_STAGES) stage = 0;
         }
         const bool is_plain = (k0 + SLAB_ROWS) * SUB_K <= plain;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int q_sub = first + row0 + 8 * r;
+        for (int e = 0; e < 4; e++) {
+            const int r = e % 2, row = e / 2 * SLAB_ROWS + 8 * r, q_sub = first + row0 + row;
             if (!is_plain) {
                 const int last =
                     min(a.qo_len, q_sub / SUBS_Q * BLOCK_Q + (q_sub % SUBS_Q + 1) * SUB_Q) - 1;
                 const int seen = visible_end(a, last);
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
-                    float &x = c[i / 2][2 * r + i % 2];
+                    float &x = c[e / 2][i / 2][2 * r + i % 2];
                     const int key = (k0 + 8 * (i / 2) + 2 * t + i % 2) * SUB_K;
                     const int count = min(SUB_K, a.kv_len - key);
                     if (count <= 0 || key >= seen) x = MINUS_INFINITY;
@@ -93,9 +96,9 @@ __global__ void __launch_bounds__(SLAB_THREADS) score(const __grid_constant__ Ar
             }
 #pragma unroll
             for (int n = 0; n < 8; n++) {
-                const float x[2] = {c[n][2 * r], c[n][2 * r + 1]};
+                const float x[2] = {c[e / 2][n][2 * r], c[e / 2][n][2 * r + 1]};
                 const int sub = k0 + 8 * n + 2 * t;
-                float *to = out + static_cast<i64>(8 * r) * a.kv_blocks + sub / SUBS_K;
+                float *to = out + static_cast<i64>(row) * a.kv_blocks + sub / SUBS_K;
                 if (SUBS_K == 1) {
 #pragma unroll
                     for (int j = 0; j < 2; j++)

@@ -87,9 +87,9 @@ __device__ __forceinline__ void choose(const Args &a, const Row &row, const Budg
 }
 
 /// Grid (groups of query blocks, one a warp; heads from `first_head` on, then batch entries). Dynamic
-/// shared memory: the masses of each warp. SUBS_Q: pooled rows per query block.
+/// shared memory: masses and shares, `kv_blocks` numbers each, of each warp. SUBS_Q: pooled rows per query block.
 template <int D, int SUBS_Q>
-__global__ void __launch_bounds__(128) select(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(128, 8) select(const __grid_constant__ Args a) {
     constexpr int SUB_Q = BLOCK_Q / SUBS_Q;
     extern __shared__ float masses[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(128) select(const __grid_constant__ Args a) {
     const Row row(a, q_block);
     const i64 in_pass = (static_cast<i64>(head - a.first_head) * a.batch + batch) * a.q_blocks + q_block;
     u32 *words = a.mask + (static_cast<i64>(pair) * a.q_blocks + q_block) * a.mask_words;
-    float *mass = masses + warp * a.kv_blocks;
+    float *mass = masses + 2 * warp * a.kv_blocks, *shares = mass + a.kv_blocks;
     if (a.budget[head].top_k >= 1.f) {
         for (int j = lane; j < row.reachable; j += 32) mass[j] = 0.f;
         __syncwarp();
@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(128) select(const __grid_constant__ Args a) {
     float top[SUBS_Q], sum[SUBS_Q];
 #pragma unroll
     for (int r = 0; r < SUBS_Q; r++) top[r] = MINUS_INFINITY, sum[r] = 0.f;
+#pragma unroll 2
     for (int j = lane; j < row.scored; j += 32)
 #pragma unroll
         for (int r = 0; r < SUBS_Q; r++) {
@@ -138,13 +139,13 @@ __global__ void __launch_bounds__(128) select(const __grid_constant__ Args a) {
         bad |= r < rows && !(fabsf(norm[r]) < 1e30f);
         total += weight[r];
     }
-    const float *shares = nullptr;
     if (a.samples)
-        shares = sum_shares(a.samples + in_pass * a.sampled_rows * a.kv_blocks, a.sampled_rows,
-                            a.kv_blocks, row.reachable);
+        sum_shares(shares, a.samples + in_pass * a.sampled_rows * a.kv_blocks, a.sampled_rows,
+                   a.kv_blocks, row.reachable);
 
     const float by = total > 0.f ? 1.f / total : 0.f;
     float sampled = 0.f;
+#pragma unroll 2
     for (int j = lane; j < row.reachable; j += 32) {
         float m = 0.f;
         bool is_known = j < row.scored;
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(128) select(const __grid_constant__ Args a) {
             m += ex2(x - norm[r]) * weight[r];
         }
         mass[j] = is_known ? m * by : UNKNOWN;
-        if (shares && is_known) sampled += shares[j];
+        if (a.samples && is_known) sampled += shares[j];
     }
     sampled = warp_sum(sampled);
     int forced = 0;

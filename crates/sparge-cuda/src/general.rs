@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::jit::Kernel;
 use crate::launch::Call;
 use crate::options::{CudaOptions, Precision};
-use crate::spec::{Arch, KernelSpec, Mma, SLAB_ROWS};
+use crate::spec::{Arch, KernelSpec, Mma, SLAB_ROWS, sample_halves};
 use crate::tables::{Head, Tables};
 use crate::tensors::MaskKind;
 use sparge::{AttentionOptions, AttentionShape, BLOCK_KV, BLOCK_Q, Plan, Pooling, SpargeConfig};
@@ -342,7 +342,8 @@ impl General {
 
     /// Groups of sampled queries of a head that thread blocks of `sample` score together.
     pub(crate) fn sample_groups(&self) -> usize {
-        (self.tables.longest[0] * self.pooling.sampled_rows).div_ceil(SLAB_ROWS)
+        let rows = SLAB_ROWS * sample_halves(self.dtype);
+        (self.tables.longest[0] * self.pooling.sampled_rows).div_ceil(rows)
     }
 
     /// f32 numbers of one thread block of `choose`.

@@ -108,7 +108,7 @@ impl Hopper {
         } else {
             let spec = KernelSpec::Select { dim, pool };
             let fits =
-                |warps: &usize| 4 * warps * args.kv_blocks as usize <= spec.most_shared_bytes();
+                |warps: &usize| 8 * warps * args.kv_blocks as usize <= spec.most_shared_bytes();
             let Some(warps) = [4, 2, 1].into_iter().find(fits) else {
                 return Err(Error::Unsupported {
                     what: format!("selection among {} keys", shape.kv_len),
@@ -166,8 +166,8 @@ impl Hopper {
 /// Tiles of pooled queries and of pooled keys of one head.
 fn score_tiles(args: &Args, pool: Pool) -> [usize; 2] {
     let (q, kv) = pool.subs();
-    [(args.q_blocks, q), (args.kv_blocks, kv)]
-        .map(|(blocks, subs)| (blocks as usize * subs).div_ceil(SLAB_ROWS))
+    let tiles = |blocks: i32, subs: usize, rows: usize| (blocks as usize * subs).div_ceil(rows);
+    [tiles(args.q_blocks, q, 2 * SLAB_ROWS), tiles(args.kv_blocks, kv, SLAB_ROWS)]
 }
 
 /// What the fast path's own selection pools for this config; `None` where it cannot select.

@@ -383,7 +383,7 @@ impl KernelSpec {
             Self::Choose { .. } => 32 * (512 + 16) * 4,
             Self::Sample { dtype, .. } => Self::sample_shared_bytes(256, dtype),
             // High and low part, in bf16.
-            Self::Score { dim, .. } => Self::slab_bytes(4 * dim),
+            Self::Score { dim, .. } => Self::slab_bytes(4 * dim, 2),
             // Tiles of q, k and v, key scales, places of bad values: `Attend::BYTES`.
             Self::AttendMma { dim, mma, .. } => {
                 let pitch = |row: usize| if row.is_multiple_of(128) { row } else { row + 16 };
@@ -400,17 +400,23 @@ impl KernelSpec {
 
     /// What `sample` needs of it.
     pub(crate) fn sample_shared_bytes(dim: usize, dtype: DType) -> usize {
-        Self::slab_bytes(dim * dtype.bytes())
+        Self::slab_bytes(dim * dtype.bytes(), sample_halves(dtype))
     }
 
-    /// Slabs (64 rows × 128 bytes) of query rows of so many bytes and of the keys in flight.
-    fn slab_bytes(row: usize) -> usize {
-        (row.div_ceil(128) + 4) * SLAB_ROWS * 128
+    /// Slabs (64 rows × 128 bytes) of queries (64 · `halves` rows of so many bytes) and of the keys in
+    /// flight.
+    fn slab_bytes(row: usize, halves: usize) -> usize {
+        (halves * row.div_ceil(128) + 3) * SLAB_ROWS * 128
     }
 }
 
-/// Rows that a thread block of `sample` or `score` scores together, and keys that it loads together.
+/// Keys that a thread block of `sample` or `score` loads together.
 pub(crate) const SLAB_ROWS: usize = 64;
+
+/// Times 64 queries that a thread block of `sample` scores: an Ada GPU has no room for two of f32.
+pub(crate) fn sample_halves(dtype: DType) -> usize {
+    if dtype == DType::F32 { 1 } else { 2 }
+}
 
 /// What an H100 has for a thread block, less `select`'s own kilobyte.
 const SELECT_SHARED_BYTES: usize = 226 << 10;

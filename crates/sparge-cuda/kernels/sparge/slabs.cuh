@@ -10,7 +10,7 @@ namespace sparge {
 constexpr int SLAB_ROWS = 64;
 constexpr int SLAB_THREADS = 128;  // each warp has 16 rows
 constexpr int SLAB = SLAB_ROWS * 128;
-constexpr int SLAB_STAGES = 4;     // slabs of keys in flight
+constexpr int SLAB_STAGES = 3;     // slabs of keys in flight
 
 /// All threads start the copy of a slab: 128 bytes from byte `byte` on of rows of `width` bytes; those
 /// from row `rows` on are zero. `row(r)`: where row r starts.
@@ -50,10 +50,12 @@ __device__ __forceinline__ void multiply<F32>(float (&c)[4], const u32 (&a)[4], 
     mma_tf32(c, top, top0, top1);
 }
 
-/// A warp adds the products of its 16 rows, of each of N slabs, with 64 keys over the slab's 128 bytes:
-/// c[n][2r + i] is row lane / 4 + 8r, key 8n + 2 · (lane % 4) + i.
-template <class T, int N>
-__device__ __forceinline__ void multiply_slabs(float (&c)[8][4], const u32 (&rows)[N], u32 keys) {
+/// A warp adds the products of its rows with 64 keys over one slab's 128 bytes: c[h][n][2r + i] is row
+/// lane / 4 + 8r of the warp's 16 of the h-th slab of rows, key 8n + 2 · (lane % 4) + i. Each of PARTS
+/// slabs in `rows` is the first of HALVES that are `apart` bytes apart.
+template <class T, int PARTS, int HALVES>
+__device__ __forceinline__ void multiply_slabs(float (&c)[HALVES][8][4], const u32 (&rows)[PARTS], int apart,
+                                               u32 keys) {
     const int lane = threadIdx.x % 32;
     // Of matrices 0 to 3: rows + 0, + 8, + 0, + 8 of 32 bytes' first, first, second, second half.
     const u32 a_at = Placed<128>::at(threadIdx.x / 32 * 16 + lane % 16, lane / 16);
@@ -61,18 +63,23 @@ __device__ __forceinline__ void multiply_slabs(float (&c)[8][4], const u32 (&row
     const u32 b_at = Placed<128>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-        u32 x[N][4];
+        u32 x[HALVES][PARTS][4];
 #pragma unroll
-        for (int i = 0; i < N; i++) load_matrices(x[i], Placed<128>::step(rows[i] + a_at, step));
+        for (int h = 0; h < HALVES; h++)
+#pragma unroll
+            for (int p = 0; p < PARTS; p++)
+                load_matrices(x[h][p], Placed<128>::step(rows[p] + h * apart + a_at, step));
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             u32 y[4];
             load_matrices(y, Placed<128>::step(keys + 16 * 128 * n + b_at, step));
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                multiply<T>(c[2 * n], x[i], y[0], y[1]);
-                multiply<T>(c[2 * n + 1], x[i], y[2], y[3]);
-            }
+            for (int p = 0; p < PARTS; p++)
+#pragma unroll
+                for (int h = 0; h < HALVES; h++) {
+                    multiply<T>(c[h][2 * n], x[h][p], y[0], y[1]);
+                    multiply<T>(c[h][2 * n + 1], x[h][p], y[2], y[3]);
+                }
         }
     }
 }

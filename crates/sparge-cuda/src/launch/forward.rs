@@ -77,7 +77,7 @@ impl Hopper {
         args.first_head = pass.heads.start as i32;
         let pairs = (self.shape.batch * pass.heads.len()) as u32;
         let groups = (args.q_blocks as usize).div_ceil(select.warps) as u32;
-        let masses = 4 * select.warps * args.kv_blocks as usize;
+        let masses = 8 * select.warps * args.kv_blocks as usize;
         let threads = 32 * select.warps as u32;
         // SAFETY: grids and shared memory match the kernels' contracts.
         unsafe {
