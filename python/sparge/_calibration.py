@@ -65,7 +65,7 @@ def _text(contents: "dict[str, Any]") -> str:
     """One line per entry and per head, for people to read and compare."""
 
     def line(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
     lines = [f"  {line(name)}: {line(value)}," for name, value in contents.items() if name != "layers"]
     layers = []

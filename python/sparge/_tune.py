@@ -378,8 +378,8 @@ def _measured(l1: Any, norm: Any, counts: "list[int]") -> "dict[str, float]":
 
 
 def _rounded(x: float) -> float:
-    """Digits that mean something; finite, for JSON."""
-    return round(min(x, 1e9), 5)
+    """Digits that mean something. JSON knows no infinity and no NaN: an error that is none is too large."""
+    return round(x, 5) if math.isfinite(x) else 1e9
 
 
 def _line(text: str) -> None:

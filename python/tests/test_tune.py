@@ -98,6 +98,15 @@ def test_no_lambda_where_stage_2_changes_nothing(calls: dict[int, list[Call]]) -
     assert [head["lambda"] for head in heads] == [None] * HEADS and heads[3]["cdf"] < 1
 
 
+def test_heads_that_are_not_finite_are_dense(tmp_path: Path) -> None:
+    q, k, v = recorded(0)
+    v[:, 1] = math.inf  # of the second half of the heads
+    tuned = sparge.tune({0: [(q, k, v)]}, l1=0.2)
+    assert [x == 1 for x in tuned.layer(0).cdf] == [False, False, True, True]
+    tuned.save(tmp_path / "tuned.json")
+    assert "NaN" not in (tmp_path / "tuned.json").read_text()
+
+
 def test_files_make_the_round_trip(calls: dict[int, list[Call]], tmp_path: Path) -> None:
     path = tmp_path / "tuned.json"
     tuned = sparge.tune(calls, name="a model", pooling="second_order", keep_local=0, min_kv_len=512, theta=0.3)
