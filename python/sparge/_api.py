@@ -268,9 +268,9 @@ def tune(
     For models: ``sparge.transformers.tune``, ``sparge.diffusers.tune``. Raises ``SpargeError`` for what
     does not fit.
     """
-    from . import _tune
+    from . import _recorded
 
-    return _tune.tune(calls, l1, l2, is_causal, scale, name, progress, config, knobs)
+    return _recorded.tune(calls, l1, l2, is_causal, scale, name, progress, config, knobs)
 
 
 def _merged(config: Optional[Config], calibration: Any) -> Config:
