@@ -15,7 +15,7 @@ import sheets
 import sparge
 from dit import DiT, orders, sample, unpatchify
 from emoji import Emoji, to_model, to_pixels
-from tune import BOUNDS, Calls, exact, permuted, self_similarity, tune
+from recorded import BOUNDS, Calls, exact, permuted, self_similarity
 from ways import Capture, Dense, Masked, Reused, Sparge, Way
 
 Tensor = torch.Tensor
@@ -79,8 +79,13 @@ class Evaluation:
         }
 
     def tuning(self) -> None:
-        self.tuned = tune(self.tuning_calls, BOUNDS[self.args.kind], self.args.tiny)
+        self.tuned = self.tuned_on(self.tuning_calls)
         self.record["tuned"] = [{"cdf": c.cdf, "pv_gap": [str(g) for g in c.pv_gap]} for c in self.tuned]
+
+    def tuned_on(self, calls: Calls) -> list[sparge.Config]:
+        """One configuration per layer. What is chosen was tested on these calls, 8-bit arithmetic included."""
+        l1, l2 = BOUNDS[self.args.kind]
+        return list(sparge.tune(calls, l1=l1, l2=l2, name=f"DiT, {self.args.kind}").layers)
 
     def similarity(self, calls: Calls) -> float:
         found = [self_similarity(k) for layer in calls.values() for _, k, _ in layer]
@@ -184,14 +189,14 @@ class Evaluation:
 
     def order(self) -> None:
         """The order of tokens: tuned anew for each, so that sparsities are at equal error."""
-        bounds, calls = BOUNDS[self.args.kind], self.calls
+        calls = self.calls
         for name, order in orders(self.model.shape.grid).items():
             order = order.to(self.device)
             similarity = self.similarity(permuted(calls, order))
             self.model.order = order
 
             def tuned(order: Tensor = order) -> Sparge:
-                return Sparge(tune(permuted(self.tuning_calls, order), bounds, self.args.tiny))
+                return Sparge(self.tuned_on(permuted(self.tuning_calls, order)))
 
             self.calls = permuted(calls, order)
             wanted, self.wanted = self.wanted, {n: [x[:, :, order] for x in w] for n, w in self.wanted.items()}

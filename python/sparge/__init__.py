@@ -10,7 +10,7 @@ map that matter. Importing this package imports neither torch nor numpy; what is
 (1, 4, 2048, 64)
 """
 
-from ._api import attention, block_sparse_attention, predict, quantize
+from ._api import attention, block_sparse_attention, predict, quantize, tune
 from ._build import build_info
 from ._calibration import Calibration, load_calibration
 from ._config import Config
@@ -35,4 +35,5 @@ __all__ = [
     "predict",
     "quantize",
     "token_order",
+    "tune",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, Optional, Union
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 from ._config import Config, PerHead
 from ._mask import BlockMask
 from ._types import Quantized
+
+if TYPE_CHECKING:
+    from ._calibration import Calibration
 
 Window = Optional[tuple[Optional[int], Optional[int]]]
 
@@ -234,6 +237,47 @@ def quantize(key: Any, *, layout: str = "HND") -> Quantized:
     from . import _arrays
 
     return _arrays.quantize(key, layout)
+
+
+def tune(
+    calls: "Mapping[int, Sequence[tuple[Any, Any, Any]]]",
+    *,
+    l1: float = 0.05,
+    l2: Optional[float] = None,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    name: str = "recorded calls",
+    progress: Union[bool, Callable[[str], None]] = False,
+    config: Optional[Config] = None,
+    **knobs: Any,
+) -> "Calibration":
+    """Finds what every head may skip within an error bound, on recorded calls of every layer.
+
+    * ``calls``: for each layer, from 0 on without a gap, its calls ``(query, key, value)``: torch
+      tensors ``[batch, heads, tokens, dim]``, key and value with ``kv_heads``, on the CPU or a GPU. A
+      batch entry of a call is a sample.
+    * ``l1``: the paper's l₁, in (0, 1): the relative L1 error Σ|O − O′|/Σ|O| of stage 1 that a head
+      may have on any sample, exact attention in the tensors' own precision being O. Per head the
+      smallest τ (``cdf``) within it is taken, of 23 values from 0.2 to 0.9999; a head that cannot skip
+      3% of its blocks is dense. The paper has 0.05 to 0.08.
+    * ``l2``: l₂, the same with both stages, at least ``l1``; default 1.2 · ``l1``. The smallest λ
+      (``pv_gap``) of 1 to 8 within it is taken; none where stage 2 changes nothing (the fast path of
+      H100 and H200 has none).
+    * ``is_causal``: the last query is at the last key. ``scale``: default 1/√dim.
+    * ``name``: the model's, for the file.
+    * ``progress``: True for a line on stderr, or a function that is told it.
+    * ``config`` and knobs: what is kept fixed: ``pooling``, ``keep_first``, ``keep_local``, ``theta``
+      (the judge θ, default 0), ``min_kv_len`` (default 0: calls run as they were recorded), and ``qk``
+      and ``isa``, which the file does not hold: give them again where it is used.
+
+    Returns the :class:`Calibration`: ``save(path)`` writes the file, ``layer(i)`` is the ``config`` of a
+    layer. Each head's error and sparsity in it were measured with its final setting on these calls.
+    For models: ``sparge.transformers.tune``, ``sparge.diffusers.tune``. Raises ``SpargeError`` for what
+    does not fit.
+    """
+    from . import _recorded
+
+    return _recorded.tune(calls, l1, l2, is_causal, scale, name, progress, config, knobs)
 
 
 def _merged(config: Optional[Config], calibration: Any) -> Config:

@@ -1,32 +1,37 @@
-"""Calibration files: per-layer, per-head settings of a model, as `sparge calibrate` writes them."""
+"""Calibration files: per-layer, per-head settings of a model, as `sparge tune` and this package write them."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Union
 
-from ._config import Config
+from ._config import POOLINGS, Config
 from ._sparge import SpargeError
 
 FORMAT, VERSION = "sparge-calibration", 1
 
 # A share that adds nothing: every row keeps at least one block anyway.
 _NOTHING = 1e-9
+# What `Config` leaves out, as the file says it (`SpargeConfig::default`).
+_POOLING, _KEEP_FIRST, _KEEP_LOCAL = "mixed", 1, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """The settings of every attention layer of a model.
 
     ``model`` and ``measured`` are the file's own entries: the model's id and shape, and what the
-    settings were measured to do on the calibration data.
+    settings were measured to do on the calibration data. ``contents`` is the whole file.
     """
 
     layers: tuple[Config, ...]
     model: "dict[str, Any]" = field(default_factory=dict)
     measured: "dict[str, Any]" = field(default_factory=dict)
+    contents: "dict[str, Any]" = field(default_factory=dict)
 
     def layer(self, index: int) -> Config:
         """The settings of layer ``index``, from 0."""
@@ -37,8 +42,43 @@ class Calibration:
             )
         return self.layers[index]
 
+    def save(self, path: "Union[str, os.PathLike[str]]") -> None:
+        """Writes the file that :func:`load_calibration` and the command read (``docs/calibration.md``):
+        JSON, one line per head. A file that is there is replaced at once, never half."""
+        draft = f"{os.fspath(path)}.part"
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(_text(self.contents))
+        os.replace(draft, path)
 
-def load_calibration(source: Union[str, "dict[str, Any]", Calibration]) -> Calibration:
+    def __repr__(self) -> str:
+        said, did = self.model, self.measured
+        name = f"{said.get('id')}: {said.get('num_layers')} layers of {said.get('num_qo_heads')} heads"
+        if not did:
+            return f"<Calibration of {name}>"
+        return (
+            f"<Calibration of {name}; {did['qk_sparsity']:.1%} of Q·Kᵀ and {did['pv_sparsity']:.1%} of "
+            f"P·V skipped at relative L1 {did['rel_l1']:.4f}>"
+        )
+
+
+def _text(contents: "dict[str, Any]") -> str:
+    """One line per entry and per head, for people to read and compare."""
+
+    def line(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    lines = [f"  {line(name)}: {line(value)}," for name, value in contents.items() if name != "layers"]
+    layers = []
+    for layer in contents["layers"]:
+        more = "".join(f", {line(name)}: {line(x)}" for name, x in layer.items() if name != "heads")
+        heads = ",\n".join(f"      {line(head)}" for head in layer["heads"])
+        layers.append(f'    {{ "heads": [\n{heads}\n    ]{more} }}')
+    return "\n".join(["{", *lines, '  "layers": [', ",\n".join(layers), "  ]", "}", ""])
+
+
+def load_calibration(
+    source: "Union[str, os.PathLike[str], dict[str, Any], Calibration]",
+) -> Calibration:
     """Reads a calibration file (a path), or takes its parsed JSON."""
     if isinstance(source, Calibration):
         return source
@@ -66,7 +106,7 @@ def load_calibration(source: Union[str, "dict[str, Any]", Calibration]) -> Calib
         raise SpargeError(
             f"the calibration says {count} layers of {heads} heads and holds heads {counts}"
         )
-    return Calibration(read, data["model"], data.get("measured", {}))
+    return Calibration(read, data["model"], data.get("measured", {}), data)
 
 
 def _shared(settings: "dict[str, Any]") -> Config:
@@ -80,6 +120,29 @@ def _shared(settings: "dict[str, Any]") -> Config:
         keep_local=int(settings.get("keep_local", 0)),
         min_kv_len=int(settings["min_kv_len"]),
     )
+
+
+def shared_entry(config: Config, min_kv_len: int) -> "dict[str, Any]":
+    """The file's ``settings``: what all heads share."""
+    words = POOLINGS.get(config.pooling or _POOLING, config.pooling or _POOLING)
+    found = re.fullmatch(r"(\d+)x(\d+)(\+var)?(?:\+(\d+)rows?)?", words)
+    if found is None:
+        raise SpargeError(
+            f"pooling is {words!r}, expected {', '.join(POOLINGS)}, or QxK+var+Nrows as the command has it"
+        )
+    q_rows, kv_rows, more, rows = found.groups()
+    pooling = {
+        "q_rows": int(q_rows),
+        "kv_rows": int(kv_rows),
+        "second_order": more is not None,
+        "sampled_rows": int(rows or 0),
+    }
+    return {
+        "pooling": pooling,
+        "keep_first": _KEEP_FIRST if config.keep_first is None else config.keep_first,
+        "keep_local": _KEEP_LOCAL if config.keep_local is None else config.keep_local,
+        "min_kv_len": min_kv_len,
+    }
 
 
 def _layer(heads: "list[dict[str, Any]]", shared: Config) -> Config:

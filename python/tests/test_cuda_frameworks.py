@@ -104,3 +104,36 @@ def test_drift_is_noticed_one_step_later(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(sparge.SpargeError, match="CUDA graph"):
         masks.attention(*b, config=config, scale=None, keep_keys=None)
+
+
+def test_tuning_on_the_gpu(tmp_path: Any) -> None:
+    pytest.importorskip("transformers")
+    import sparge
+    import sparge.transformers as ours
+    from common import exact
+    from test_transformers import llama, logits, tokens
+    from test_tune import HEADS, recorded
+
+    calls = {0: [tuple(x.cuda().bfloat16() for x in recorded(at)) for at in range(2)]}
+    loose, tuned = (sparge.tune(calls, l1=l1, is_causal=True) for l1 in (0.2, 0.06))
+    assert loose.measured["qk_sparsity"] > tuned.measured["qk_sparsity"] > 0
+    heads, options = tuned.contents["layers"][0]["heads"], {"is_causal": True, "enable_gqa": True}
+    for q, k, v in calls[0]:
+        out = sparge.attention(q, k, v, config=tuned.layer(0), **options)
+        want, _ = exact(q, k, v, causal="top_left")
+        for head in range(HEADS):
+            error = relative_l1(out[0, head].cpu(), want[0, head].cpu())
+            assert error <= heads[head]["worst_l1"] + 0.004  # against SDPA in bf16 there
+            assert heads[head]["cdf"] is None or error <= 0.076
+    ours.register()
+    model = llama(head_dim=64).to("cuda", torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            weight.mul_(8)
+    ids = tokens(1, 1500)
+    path = tmp_path / "tuned.json"
+    ours.tune(model, [ids, ids[:, :1200]], l1=0.15).save(path)
+    dense = logits(model, "sdpa", ids.cuda())
+    ours.configure(model, calibration=str(path))
+    sparse = logits(model, "sparge", ids.cuda())
+    assert torch.isfinite(sparse).all() and relative_l1(sparse.cpu(), dense.cpu()) < 0.5

@@ -5,6 +5,7 @@
 >>> video = pipe(prompt).frames
 >>> handle.disable()                     # the pipeline is as it was
 
+``sparge.diffusers.tune(pipe, run)`` finds what each head may skip, for ``enable(calibration=)``.
 ``order="hilbert"`` puts image tokens along a Hilbert curve, once per forward pass, so that blocks are
 compact and more of them can be skipped; ``reuse_mask=4`` predicts in every fourth step.
 
@@ -17,5 +18,6 @@ separate text encoder's output is untouched.
 from ._handle import Enabled, enable
 from ._models import MODELS
 from ._reuse import MaskCounts, Reuse
+from ._tune import tune
 
-__all__ = ["MODELS", "Enabled", "MaskCounts", "Reuse", "enable"]
+__all__ = ["MODELS", "Enabled", "MaskCounts", "Reuse", "enable", "tune"]

@@ -54,6 +54,7 @@ class Enabled:
         calibration: Optional[Calibration],
         order: str,
         reuse: Optional[Reuse],
+        attend: "Optional[Callable[[int, Passes], Attend]]" = None,
     ) -> None:
         self.text_len = 0
         #: What became of block masks; all zero without ``reuse_mask``.
@@ -67,6 +68,8 @@ class Enabled:
         self._calibration = calibration
         self._order = order
         self._reuse = reuse
+        # What computes a layer's image queries instead.
+        self._attend = attend
         self._undo: list[Callable[[], None]] = []
         self._settings: dict[int, Config] = {}
 
@@ -106,6 +109,16 @@ class Enabled:
     def __exit__(self, *exception: Any) -> None:
         self.disable()
 
+    def _attach_all(self, pipe_or_transformer: Any) -> None:
+        """Switches everything over, or nothing."""
+        try:
+            for transformer in transformers_of(pipe_or_transformer):
+                self._attach(transformer)
+            self._steps.watch(pipe_or_transformer)
+        except BaseException:
+            self.disable()
+            raise
+
     def _attach(self, transformer: torch.nn.Module) -> None:
         if transformer in _enabled:
             raise SpargeError(
@@ -125,14 +138,16 @@ class Enabled:
         if self._order != "row":
             self._undo += Ordered(transformer, model, self._order).attach()
         for index, module in modules:
-            layer = Layer(self, index, model, self._attend_of(passes))
+            layer = Layer(self, index, model, self._attend_of(index, passes))
             if model.processor is not None:
                 self._replace(module, _processors.of(model.processor, layer))
             else:
                 self._dispatch(module, layer)
 
-    def _attend_of(self, passes: Passes) -> Attend:
+    def _attend_of(self, layer: int, passes: Passes) -> Attend:
         """What computes one module's image queries."""
+        if self._attend is not None:
+            return self._attend(layer, passes)
         if self._reuse is None:
             return None
         masks = Masks(self._reuse, passes, self.masks)
@@ -208,7 +223,7 @@ def enable(
     * ``dense_steps``: denoising steps at the start that stay dense. A pipeline counts them by its
       scheduler; with a bare transformer set ``handle.step``.
     * ``dense_layers``: the first so many blocks, or the indices of blocks, that stay dense.
-    * ``calibration``: a calibration file's path or parsed JSON.
+    * ``calibration``: a calibration (:func:`tune`), a calibration file's path or parsed JSON.
     * ``order``: how image tokens run through the blocks: ``"row"`` (default: the model's own,
       nothing is moved), ``"hilbert"``, ``"time"``, ``"column"``, ``"random"``: see
       :func:`sparge.token_order`. Tokens and what belongs to them are put in order once per forward
@@ -238,26 +253,25 @@ def enable(
         order,
         Reuse.of(reuse_mask, config),
     )
-    transformers = [
+    handle._attach_all(pipe_or_transformer)
+    return handle
+
+
+def transformers_of(pipe_or_transformer: Any) -> "list[torch.nn.Module]":
+    """The transformers of a pipeline, or the one that was given."""
+    if isinstance(pipe_or_transformer, torch.nn.Module):
+        return [pipe_or_transformer]
+    found = [
         x
         for name in ("transformer", "transformer_2")
         if isinstance(x := getattr(pipe_or_transformer, name, None), torch.nn.Module)
     ]
-    if isinstance(pipe_or_transformer, torch.nn.Module):
-        transformers = [pipe_or_transformer]
-    if not transformers:
+    if not found:
         raise SpargeError(
             f"{type(pipe_or_transformer).__name__} has no transformer; pass a pipeline of a "
             "diffusion transformer, or the transformer itself"
         )
-    try:
-        for transformer in transformers:
-            handle._attach(transformer)
-        handle._steps.watch(pipe_or_transformer)
-    except BaseException:
-        handle.disable()
-        raise
-    return handle
+    return found
 
 
-__all__ = ["Enabled", "enable"]
+__all__ = ["Enabled", "enable", "transformers_of"]

@@ -18,6 +18,11 @@ class Steps:
         self._undo: list[Callable[[], None]] = []
 
     @property
+    def has_scheduler(self) -> bool:
+        """Whether steps are counted; otherwise someone has to set them."""
+        return self._scheduler is not None
+
+    @property
     def step(self) -> int:
         """Steps done since the schedule began. Setting it back begins another run."""
         return self._step
