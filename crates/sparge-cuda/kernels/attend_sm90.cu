@@ -365,6 +365,7 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
+    wait_for_predecessor();
     if (threadIdx.x >= CONSUMERS) {
         registers_down<24>();
         if (threadIdx.x == CONSUMERS) produce<D, STAGES>(a, s);

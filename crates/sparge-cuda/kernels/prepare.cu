@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(THREADS) statistics(const __grid_constant__ Ar
     __shared__ float sums[ROWS][D];
     __shared__ u32 tops[ROWS][D];
     __shared__ u32 is_last;
+    wait_for_predecessor();
     const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
     const int pair = blockIdx.y, batch = pair / a.kv_heads, head = pair % a.kv_heads;
     const u16 *k = static_cast<const u16 *>(a.k) + batch * a.ks.batch + head * a.ks.head + lane * 8;
@@ -353,6 +354,7 @@ __global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Args
     __shared__ float scratch[8][D];
     __shared__ uint4 image[D * BLOCK_KV / 16];
     __shared__ u32 tops[4], bad_rows[THREADS / 32];
+    wait_for_predecessor();
     const int q_blocks = a.batch * a.heads * a.q_blocks;
     if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch);
     else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows);

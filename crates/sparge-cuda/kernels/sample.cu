@@ -29,9 +29,11 @@ __device__ __forceinline__ int place_of(int at, int count, int q_len) {
 /// Grid: x: groups of 64 · HALVES samples, then heads from `first_head` on, then sequences, then chunks of
 /// `sample_chunk` key blocks. Dynamic shared memory: the queries' slabs, then the ring.
 template <class T, bool HAS_MASK>
-__global__ void __launch_bounds__(SLAB_THREADS, 4) sample(const __grid_constant__ Call a) {
-    extern __shared__ __align__(128) u8 tiles[];
+__global__ void __launch_bounds__(SLAB_THREADS) sample(const __grid_constant__ Call a) {
     constexpr int ROWS = HALVES<T> * SLAB_ROWS;
+    extern __shared__ __align__(128) u8 tiles[];
+    __shared__ int places[ROWS];
+    wait_for_predecessor();
     const int count = a.sampled_rows, groups = ceil_div(a.q_blocks * count, ROWS);
     int item = blockIdx.x;
     // The last queries first: where it is causal they see the most.
@@ -74,20 +76,23 @@ __global__ void __launch_bounds__(SLAB_THREADS, 4) sample(const __grid_constant_
                   SIZE<T> * (s.batch * a.qs.batch + head * a.qs.head + s.q_start * a.qs.token);
     const u8 *k = static_cast<const u8 *>(a.k) +
                   SIZE<T> * (s.batch * a.ks.batch + head / (a.heads / a.kv_heads) * a.ks.head +
-                             s.kv_start * a.ks.token);
+                             (s.kv_start + slab_row()) * a.ks.token) + 16 * slab_chunk();
+    const i64 step = SIZE<T> * a.ks.token * SLAB_STEP;
+    if (threadIdx.x < ROWS) places[threadIdx.x] = place_of(first + min(static_cast<int>(threadIdx.x), most - 1), count, s.q_len);
+    __syncthreads();
     for (int i = 0; i < HALVES<T> * slabs; i++) {
-        const int row = i / slabs * SLAB_ROWS;
-        copy_slab(queries + i * SLAB, 128 * (i % slabs), width, most - row, [&](int r) {
-            return q + SIZE<T> * a.qs.token * place_of(first + row + r, count, s.q_len);
+        const int row = i / slabs * SLAB_ROWS, byte = 128 * (i % slabs);
+        copy_slab(queries + i * SLAB, most - row, width - byte, [&](int j) {
+            return q + SIZE<T> * a.qs.token * places[row + slab_row() + SLAB_STEP * j] + byte + 16 * slab_chunk();
         });
     }
     // What the ring is asked for next.
     int next_block = block0, next_slab = 0, next_stage = 0;
     const auto fetch = [&] {
         if (next_block < block_end) {
-            const int key = next_block * BLOCK_KV;
-            copy_slab(ring + next_stage * SLAB, 128 * next_slab, width, s.kv_len - key,
-                      [&](int r) { return k + SIZE<T> * a.ks.token * (key + r); });
+            const u8 *from = k + next_block * (BLOCK_KV / SLAB_STEP) * step + 128 * next_slab;
+            copy_slab(ring + next_stage * SLAB, s.kv_len - next_block * BLOCK_KV, width - 128 * next_slab,
+                      [&](int j) { return from + j * step; });
             if (++next_slab == slabs) next_slab = 0, next_block++;
             if (++next_stage == SLAB_STAGES) next_stage = 0;
         }
@@ -116,7 +121,7 @@ __global__ void __launch_bounds__(SLAB_THREADS, 4) sample(const __grid_constant_
             for (int i = 0; i < 16; i++) x[i] = c[e / 2][i / 2][e % 2 * 2 + i % 2];
             if (!plain) {
                 scale = 1.f;
-                const int place = place_of(first + min(row_of(e), most - 1), count, s.q_len);
+                const int place = places[row_of(e)];
                 const ElementMask mask(a, sequence, a.element_heads == 1 ? 0 : head);
                 const int lo = view.lo(place), hi = view.hi(place);
 #pragma unroll

@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(SLAB_THREADS) score(const __grid_constant__ Ar
     constexpr int PART = D / 64, SLABS = 2 * PART;  // of the high or the low parts; of a pooled row
     constexpr int WIDTH = 128 * SLABS, ROWS = 2 * SLAB_ROWS;
     extern __shared__ __align__(128) u8 tiles[];
+    wait_for_predecessor();
     const int some_heads = gridDim.y / a.batch, batch = blockIdx.y / some_heads;
     const int head = a.first_head + blockIdx.y % some_heads, pair = batch * a.heads + head;
     const int kv_pair = batch * a.kv_heads + head / (a.heads / a.kv_heads);
@@ -36,20 +37,23 @@ __global__ void __launch_bounds__(SLAB_THREADS) score(const __grid_constant__ Ar
     if (begin >= end || a.budget[head].top_k >= 1.f) return;
 
     const u32 queries = smem(tiles), ring = queries + 2 * SLABS * SLAB;
-    const u8 *q = reinterpret_cast<const u8 *>(a.q_pool) + (static_cast<i64>(pair) * subs + first) * WIDTH;
+    const int mine = slab_row() * WIDTH + 16 * slab_chunk();
+    const u8 *q = reinterpret_cast<const u8 *>(a.q_pool) + (static_cast<i64>(pair) * subs + first) * WIDTH + mine;
     const u8 *k = reinterpret_cast<const u8 *>(a.k_pool) +
-                  static_cast<i64>(kv_pair) * a.kv_blocks * SUBS_K * WIDTH;
+                  static_cast<i64>(kv_pair) * a.kv_blocks * SUBS_K * WIDTH + mine;
     for (int i = 0; i < 2 * SLABS; i++) {
         const int row = i / SLABS * SLAB_ROWS;
-        copy_slab(queries + i * SLAB, 128 * (i % SLABS), WIDTH, ceil_div(a.qo_len, SUB_Q) - first - row,
-                  [&](int r) { return q + (row + r) * WIDTH; });
+        copy_slab(queries + i * SLAB, ceil_div(a.qo_len, SUB_Q) - first - row, 128, [&](int j) {
+            return q + (row + SLAB_STEP * j) * WIDTH + 128 * (i % SLABS);
+        });
     }
     // What the ring is asked for next.
     int next = begin, next_slab = 0, next_stage = 0;
     const auto fetch = [&] {
         if (next < end) {
-            copy_slab(ring + next_stage * SLAB, 128 * next_slab, WIDTH, sub_end - next,
-                      [&](int r) { return k + static_cast<i64>(next + r) * WIDTH; });
+            const u8 *from = k + static_cast<i64>(next) * WIDTH + 128 * next_slab;
+            copy_slab(ring + next_stage * SLAB, sub_end - next, 128,
+                      [&](int j) { return from + SLAB_STEP * j * WIDTH; });
             if (++next_slab == SLABS) next_slab = 0, next += SLAB_ROWS;
             if (++next_stage == SLAB_STAGES) next_stage = 0;
         }

@@ -92,6 +92,7 @@ template <int D, int SUBS_Q>
 __global__ void __launch_bounds__(128, 8) select(const __grid_constant__ Args a) {
     constexpr int SUB_Q = BLOCK_Q / SUBS_Q;
     extern __shared__ float masses[];
+    wait_for_predecessor();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int some_heads = gridDim.y / a.batch, batch = blockIdx.y / some_heads;
     const int head = a.first_head + blockIdx.y % some_heads, pair = batch * a.heads + head;

@@ -12,18 +12,20 @@ constexpr int SLAB_THREADS = 128;  // each warp has 16 rows
 constexpr int SLAB = SLAB_ROWS * 128;
 constexpr int SLAB_STAGES = 3;     // slabs of keys in flight
 
-/// All threads start the copy of a slab: 128 bytes from byte `byte` on of rows of `width` bytes; those
-/// from row `rows` on are zero. `row(r)`: where row r starts.
-template <class Row>
-__device__ __forceinline__ void copy_slab(u32 to, int byte, int width, int rows, const Row &row) {
-    const int chunk = threadIdx.x % 8;
-    const bool is_inside = byte + 16 * chunk < width;
+/// The row and the 16-byte chunk of a slab that a thread copies first; its next rows are SLAB_STEP apart.
+__device__ __forceinline__ int slab_row() { return threadIdx.x / 8; }
+__device__ __forceinline__ int slab_chunk() { return threadIdx.x % 8; }
+constexpr int SLAB_STEP = SLAB_THREADS / 8;
+
+/// All threads start the copy of a slab, of which `rows` rows of `bytes` bytes exist; the rest becomes
+/// zero. `from(i)`: where this thread's i-th chunk is, where it exists.
+template <class From>
+__device__ __forceinline__ void copy_slab(u32 to, int rows, int bytes, const From &from) {
+    const bool is_inside = 16 * slab_chunk() < bytes;
 #pragma unroll
-    for (int i = 0; i < SLAB_ROWS / (SLAB_THREADS / 8); i++) {
-        const int r = threadIdx.x / 8 + SLAB_THREADS / 8 * i;
-        const bool exists = is_inside && r < rows;
-        const u8 *from = row(exists ? r : 0) + (exists ? byte + 16 * chunk : 0);
-        copy16(to + Placed<128>::at(r, chunk), from, exists);
+    for (int i = 0; i < SLAB_ROWS / SLAB_STEP; i++) {
+        const int r = slab_row() + SLAB_STEP * i;
+        copy16(to + Placed<128>::at(r, slab_chunk()), from(i), is_inside && r < rows);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The fast path's verbs: quantize, predict, attend.
 #![expect(unsafe_code, reason = "device addresses come from the caller; launches are driver calls")]
 
-use super::{Args, enqueue, part};
+use super::{Args, enqueue, enqueue_early, part};
 use crate::device::Stream;
 use crate::error::{Result, driver};
 use crate::hopper::Hopper;
@@ -58,7 +58,14 @@ impl Hopper {
                 stream,
                 &mut args,
             )?;
-            enqueue(&self.kernels.quantize, [(q + kv) as u32, 1], threads, 0, stream, &mut args)
+            enqueue_early(
+                &self.kernels.quantize,
+                [(q + kv) as u32, 1],
+                threads,
+                0,
+                stream,
+                &mut args,
+            )
         }
     }
 
@@ -82,8 +89,15 @@ impl Hopper {
         // SAFETY: grids and shared memory match the kernels' contracts.
         unsafe {
             let blocks = self.score_blocks() as u32;
-            enqueue(&select.score, [blocks, pairs], 128, select.score_shared, stream, &mut args)?;
-            enqueue(&select.choose, [groups, pairs], threads, masses, stream, &mut args)
+            enqueue_early(
+                &select.score,
+                [blocks, pairs],
+                128,
+                select.score_shared,
+                stream,
+                &mut args,
+            )?;
+            enqueue_early(&select.choose, [groups, pairs], threads, masses, stream, &mut args)
         }
     }
 
@@ -112,7 +126,14 @@ impl Hopper {
         let shared = self.kernels.attend_shared;
         // SAFETY: the kernel is persistent: any grid will do.
         unsafe {
-            enqueue(&self.kernels.attend, [blocks, 1], ATTEND_THREADS, shared, stream, &mut args)
+            enqueue_early(
+                &self.kernels.attend,
+                [blocks, 1],
+                ATTEND_THREADS,
+                shared,
+                stream,
+                &mut args,
+            )
         }
     }
 

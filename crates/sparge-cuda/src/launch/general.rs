@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "device addresses come from the caller; launches are driver calls")]
 
 use super::call::{Masks, UPLOAD_WORDS, Upload};
-use super::{Call, Strides, enqueue, part};
+use super::{Call, Strides, enqueue, enqueue_early, part};
 use crate::device::Stream;
 use crate::error::{Result, driver};
 use crate::general::General;
@@ -131,7 +131,15 @@ impl General {
         let grid = self.sample_groups() * heads.len() * self.tables.sequences.len() * chunks;
         let shared = KernelSpec::sample_shared_bytes(self.shape.head_dim, self.dtype);
         // SAFETY: as in `quantize`.
-        unsafe { enqueue(kernel, [grid as u32, 1], 128, shared, stream, &mut call) }
+        unsafe {
+            let grid = [grid as u32, 1];
+            // The fast path's GPUs can.
+            if self.duties.head_scores > 0 {
+                enqueue_early(kernel, grid, 128, shared, stream, &mut call)
+            } else {
+                enqueue(kernel, grid, 128, shared, stream, &mut call)
+            }
+        }
     }
 
     /// Where `sample` leaves what it found; 0: nowhere.

@@ -171,17 +171,48 @@ unsafe fn enqueue<A>(
         return Ok(());
     }
     let mut parameters = [std::ptr::from_mut(args).cast()];
-    let stream: sys::CUstream = stream.0.cast();
+    let (grid, block) = ((x, y, 1), (threads, 1, 1));
+    let (function, stream) = (kernel.function(), stream.0.cast());
     // SAFETY: the kernel takes one parameter, which the driver copies before it returns.
-    unsafe {
-        result::launch_kernel(
-            kernel.function(),
-            (x, y, 1),
-            (threads, 1, 1),
-            shared as u32,
-            stream,
-            &mut parameters,
-        )
-    }
-    .map_err(driver("launching a kernel"))
+    unsafe { result::launch_kernel(function, grid, block, shared as u32, stream, &mut parameters) }
+        .map_err(driver("launching a kernel"))
+}
+
+/// The same on a grid that is not empty, but thread blocks may start before the kernel before it in the
+/// stream has ended (programmatic dependent launch, compute capability 9.0): they wait for it
+/// themselves.
+///
+/// # Safety
+/// As `enqueue`; the kernel begins with `wait_for_predecessor`.
+unsafe fn enqueue_early<A>(
+    kernel: &Kernel,
+    [x, y]: [u32; 2],
+    threads: u32,
+    shared: usize,
+    stream: Stream,
+    args: &mut A,
+) -> Result<()> {
+    let mut parameters = [std::ptr::from_mut(args).cast()];
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = sys::CUlaunchConfig {
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: 1,
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared as u32,
+        hStream: stream.0.cast(),
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    let (function, parameters) = (kernel.function(), parameters.as_mut_ptr());
+    // SAFETY: as in `enqueue`; the driver copies the attribute too.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, function, parameters, std::ptr::null_mut()) }
+        .result()
+        .map_err(driver("launching a kernel"))
 }

@@ -6,6 +6,14 @@ namespace sparge {
 
 constexpr u32 FULL = 0xffffffffu;
 
+/// Lets the next kernel of the stream start, and waits for the one before: first of all in kernels
+/// that are launched before it has ended (`enqueue_early`, sm_90 and later).
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ float ex2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
