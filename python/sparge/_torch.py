@@ -25,7 +25,11 @@ Window = Optional[tuple[Optional[int], Optional[int]]]
 # nothing to skip (benchmarks/record/2026-11-24-python-cpu-zen4.jsonl): within 5% of SDPA from 2048 keys
 # on; at 1024 keys up to 1.1 (once 1.46) times SDPA's time, though `Selection::Auto` predicts from there.
 CPU_MIN_LEN = 2048
-CUDA_MIN_LEN = 4096
+# On an H100 against cuDNN and FlashAttention, the faster one, on inputs that offer nothing to skip
+# (benchmarks/record/2026-11-24-h100-python.jsonl): within 5% where a row sees so many keys on average.
+# On smooth inputs sparse calls are ahead from about 4096 keys on at dimension 128.
+CUDA_MIN_REACH = 7168
+CUDA_MIN_REACH_64 = 8192  # head dimensions up to 64
 AUTO_MIN_QUERIES = 16
 
 # What settings leave open: everything (short calls may run as SDPA); only how to be exact.
@@ -144,7 +148,7 @@ def attention(
         and policy in (None, "auto")
         and (config is None or config.is_default())
     )  # fmt: skip
-    is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO)
+    is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO, causal)
     text, leaves = _kept_settings(
         config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys,
         keep_queries, is_short,
@@ -153,7 +157,7 @@ def attention(
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
         _same_device(query, block_mask, "block_mask")
         query, key, value = _one_batch(query, key, value)
-        if leaves and _is_short(query, q_len, kv_len, leaves):
+        if leaves and _is_short(query, q_len, kv_len, leaves, causal):
             extras = return_lse or return_stats or window or keep_keys or keep_queries
             plain = not extras and block_mask is None and key_lengths is None
             if plain and (causal != "bottom_right" or q_len == kv_len):
@@ -209,7 +213,7 @@ def is_plain_and_short(
         query.ndim == 4
         and (query.is_cpu or query.is_cuda)
         and (enable_gqa or query.shape[1] == key.shape[1])
-        and key.shape[2] < (CPU_MIN_LEN if query.is_cpu else CUDA_MIN_LEN)
+        and key.shape[2] < (CPU_MIN_LEN if query.is_cpu else CUDA_MIN_REACH)
         and key.device == value.device == query.device
         and not (query.requires_grad or key.requires_grad or value.requires_grad)
         and not (is_causal and attn_mask is not None)
@@ -223,10 +227,14 @@ def is_plain_and_short(
     )
 
 
-def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str) -> bool:
+def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str, causal: Optional[str]) -> bool:
     """Whether the call is to be exact, and SDPA is the way to do that."""
     if query.is_cuda:
-        return leaves == EXACT or kv_len < CUDA_MIN_LEN or q_len < AUTO_MIN_QUERIES
+        if leaves == EXACT or q_len < AUTO_MIN_QUERIES:
+            return True
+        half = min(q_len, kv_len) // 2
+        reach = {None: kv_len, "top_left": half, "bottom_right": kv_len - half}[causal]
+        return reach < (CUDA_MIN_REACH if query.shape[3] > 64 else CUDA_MIN_REACH_64)
     if leaves == EXACT:
         return False
     return kv_len < CPU_MIN_LEN or q_len < AUTO_MIN_QUERIES
@@ -457,7 +465,7 @@ def predict(
     q_len, kv_len = _lens(query, key, layout)
     text, _ = _kept_settings(
         config, kv_len, knobs["topk"], knobs["cdf"], knobs["theta"], None, knobs["policy"], layout,
-        scale, causal, window, None, None, _is_short(query, q_len, kv_len, AUTO),
+        scale, causal, window, None, None, _is_short(query, q_len, kv_len, AUTO, causal),
     )  # fmt: skip
     query, key, _ = _one_batch(query, key, key)
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)

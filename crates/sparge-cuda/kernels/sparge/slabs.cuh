@@ -52,6 +52,10 @@ __device__ __forceinline__ void multiply<F32>(float (&c)[4], const u32 (&a)[4], 
     mma_tf32(c, top, top0, top1);
 }
 
+/// f32 has no registers for more.
+template <class T> constexpr int STEPS_AT_ONCE = 4;
+template <> constexpr int STEPS_AT_ONCE<F32> = 1;
+
 /// A warp adds the products of its rows with 64 keys over one slab's 128 bytes: c[h][n][2r + i] is row
 /// lane / 4 + 8r of the warp's 16 of the h-th slab of rows, key 8n + 2 · (lane % 4) + i. Each of PARTS
 /// slabs in `rows` is the first of HALVES that are `apart` bytes apart.
@@ -63,7 +67,7 @@ __device__ __forceinline__ void multiply_slabs(float (&c)[HALVES][8][4], const u
     const u32 a_at = Placed<128>::at(threadIdx.x / 32 * 16 + lane % 16, lane / 16);
     // Rows + 0, + 0, + 8, + 8; halves in turns.
     const u32 b_at = Placed<128>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
+#pragma unroll STEPS_AT_ONCE<T>
     for (int step = 0; step < 4; step++) {
         u32 x[HALVES][PARTS][4];
 #pragma unroll

@@ -6,11 +6,12 @@ namespace sparge {
 
 constexpr u32 FULL = 0xffffffffu;
 
-/// Lets the next kernel of the stream start, and waits for the one before: first of all in kernels
-/// that are launched before it has ended (`enqueue_early`, sm_90 and later).
+/// Waits for the kernel before in the stream: first of all in kernels that are launched before it has
+/// ended (`enqueue_early`, sm_90 and later). None lets its successor start while it runs
+/// (`launch_dependents`): waiting thread blocks take shared memory from the cache of those that work.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
