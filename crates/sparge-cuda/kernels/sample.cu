@@ -29,7 +29,7 @@ __device__ __forceinline__ int place_of(int at, int count, int q_len) {
 /// Grid: x: groups of 64 · HALVES samples, then heads from `first_head` on, then sequences, then chunks of
 /// `sample_chunk` key blocks. Dynamic shared memory: the queries' slabs, then the ring.
 template <class T, bool HAS_MASK>
-__global__ void __launch_bounds__(SLAB_THREADS) sample(const __grid_constant__ Call a) {
+__global__ void __launch_bounds__(SLAB_THREADS, 3) sample(const __grid_constant__ Call a) {
     constexpr int ROWS = HALVES<T> * SLAB_ROWS;
     extern __shared__ __align__(128) u8 tiles[];
     __shared__ int places[ROWS];

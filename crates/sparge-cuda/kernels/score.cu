@@ -16,7 +16,7 @@ constexpr float MINUS_INFINITY = -1.f / 0.f;
 /// `first_head` on, then batch entries). SUBS_Q, SUBS_K: pooled rows per query block and per key block.
 /// Dynamic shared memory: the queries' slabs, then the ring.
 template <int D, int SUBS_Q, int SUBS_K>
-__global__ void __launch_bounds__(SLAB_THREADS) score(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __grid_constant__ Args a) {
     static_assert(SUBS_K == 1 || SUBS_K == 4, "a block's pooled keys are those of two lanes");
     constexpr int SUB_Q = BLOCK_Q / SUBS_Q, SUB_K = BLOCK_KV / SUBS_K;
     constexpr int PART = D / 64, SLABS = 2 * PART;  // of the high or the low parts; of a pooled row
