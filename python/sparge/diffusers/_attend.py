@@ -15,7 +15,7 @@ from .._config import Config
 from .._sparge import SpargeError
 
 Tensor = torch.Tensor
-# `sparge.attention`, or what stands in for it: q, k, v; config, scale, keep_keys, keep_queries by name.
+# What stands in for `sparge.attention`: q, k, v; config, scale, keep_keys by name.
 Attend = Optional[Callable[..., Tensor]]
 
 
@@ -54,9 +54,9 @@ def sparse(
     """Self-attention over ``[batch, heads, tokens, dim]``.
 
     ``key_mask`` bool ``[batch, 1, 1, tokens]`` leaves keys out (padded text); queries at those
-    places are computed as SDPA would. ``attend`` computes the image queries; on a GPU the text
-    queries too, nothing of which is skipped: a call of their own and putting both outputs together
-    would cost more than is saved.
+    places are computed as SDPA would. ``attend`` computes the image queries. Without it
+    they go, on a GPU, through one call with the text queries, nothing of which is skipped: a call of
+    their own and putting both outputs together would cost more than is saved.
     """
     if key_mask is None:
         return _joint(query, key, value, text, text, config, scale, attend)
@@ -84,15 +84,15 @@ def _joint(
     """``rows`` are the text queries, ``keys`` the text keys."""
     keep = None if keys is None or keys.start >= keys.end else ((keys.start, keys.end),)
     options: dict[str, Any] = {"config": config, "scale": scale, "keep_keys": keep}
-    if rows is None or query.is_cuda:
+    if attend is None and query.is_cuda:
         options["keep_queries"] = None if rows is None else ((rows.start, rows.end),)
-        if attend is not None:
-            return attend(query, key, value, **options)
         # Out comes tokens before heads in memory: what the caller projects is then a view.
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         out: Tensor = attention(q, k, v, layout="NHD", **options)
         return out.transpose(1, 2)
     attend = attend or attention
+    if rows is None:
+        return attend(query, key, value, **options)
     text_out = dense(query[:, :, rows.start : rows.end], key, value, None, scale)
     image = slice(rows.end, None) if rows.start == 0 else slice(0, rows.start)
     image_out = attend(query[:, :, image], key, value, **options)

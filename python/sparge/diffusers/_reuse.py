@@ -118,30 +118,25 @@ class Masks:
         config: Config,
         scale: Optional[float],
         keep_keys: Ranges,
-        keep_queries: Ranges = None,
     ) -> Tensor:
         """`sparge.attention`, with an earlier step's mask where there is one that still holds."""
         place = self._place()
         _torch._check(query, key, value, 0.0, False, None, False, "HND")
         if _predicts_nothing(config, query, key):
-            kept_tokens: Any = {"keep_keys": keep_keys, "keep_queries": keep_queries}
-            return attention(query, key, value, config=config, scale=scale, **kept_tokens)  # type: ignore[no-any-return]
+            options: Any = {"config": config, "scale": scale, "keep_keys": keep_keys}
+            return attention(query, key, value, **options)  # type: ignore[no-any-return]
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise SpargeError(
                 "reuse_mask decides on the host, which a CUDA graph cannot hold; capture without it"
             )
         steps = self._passes.steps
         shapes = (query.shape, key.shape, query.dtype, query.device)
-        about = (steps.run, shapes, config, scale, keep_keys, keep_queries)
-        predicting = settings_text(
-            config, scale=scale, keep_keys=keep_keys, keep_queries=keep_queries
-        )
-        # Some rows only, at other places: which of them are kept whole is not asked there.
-        checking = settings_text(config, scale=scale, keep_keys=keep_keys)
+        about = (steps.run, shapes, config, scale, keep_keys)
+        predicting = settings_text(config, scale=scale, keep_keys=keep_keys)
         kept = self._kept.get(place)
         if kept is None or kept.about != about or steps.step - kept.step >= self._reuse.steps:
             kept = None
-        elif self._has_drifted(kept, query, key, checking):
+        elif self._has_drifted(kept, query, key, predicting):
             self._counts.drifted += 1
             kept = None
         if kept is None:
@@ -169,18 +164,18 @@ class Masks:
             )
         return self._passes.index, self._call
 
-    def _has_drifted(self, kept: _Kept, query: Tensor, key: Tensor, checking: str) -> bool:
+    def _has_drifted(self, kept: _Kept, query: Tensor, key: Tensor, predicting: str) -> bool:
         """Whether a sample of fresh rows leaves the mask by more than is allowed."""
         if self._reuse.drift >= 1:
             return False
         step = self._passes.steps.step
         if not _is_async(query):
-            return _missing(kept.mask, query, key, checking, step).read() > self._reuse.drift
+            return _missing(kept.mask, query, key, predicting, step).read() > self._reuse.drift
         before, kept.share = kept.share, None
         if before is not None and before.read() > self._reuse.drift:
             return True
         if step + 1 - kept.step < self._reuse.steps:  # else nobody will ask
-            kept.share = _missing(kept.mask, query, key, checking, step)
+            kept.share = _missing(kept.mask, query, key, predicting, step)
         return False
 
 
