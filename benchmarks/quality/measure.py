@@ -82,6 +82,15 @@ TABLES: dict[str, list[list[str]]] = {
         ppl(["dense", "default"], "2048,8192,16384", "--model", "qwen2.5-coder-0.5b",
             "--calibration", "{calibration}"),
     ],
+    # The longest that it was made for.
+    "qwen-32k": [ppl(["dense", "default"], "32768", "--model", "qwen2.5-coder-0.5b")],
+    # Three times as large, with heads of 128.
+    "qwen-1.5b": [
+        ppl(["dense", "default", "topk:0.5", "minference:v=30,s=200", "xattention:0.95"],
+            "4096", "--model", "qwen2.5-coder-1.5b"),
+        ppl(["dense", "default"], "8192", "--model", "qwen2.5-coder-1.5b"),
+    ],
+    "qwen-1.5b-16k": [ppl(["dense", "default"], "16384", "--model", "qwen2.5-coder-1.5b")],
     # Tables 5 and 10.
     "judge": [
         error([f"cdf:0.9,local=0,lambda=inf,pool={p},theta={t}" for p in ("block", "16x16+2rows")
@@ -101,8 +110,10 @@ TABLES: dict[str, list[list[str]]] = {
     # Retrieval.
     "needle": [
         ["eval", "needle", "--context", "1024,2048", "--depth", "0.1,0.5,0.9", "--policy",
-         "dense,default,topk:0.5,minference:v=30,s=100,flexprefill:0.9,min=128,xattention:0.9"],
-        ["eval", "needle", "--context", "4096", "--depth", "0.1,0.5,0.9", "--policy", "dense,default"],
+         "dense,default,topk:0.5,minference:v=30,s=100,flexprefill:0.9,min=128,xattention:0.9",
+         "--calibration", "{calibration}"],
+        ["eval", "needle", "--context", "4096", "--depth", "0.1,0.5,0.9", "--policy", "dense,default",
+         "--calibration", "{calibration}"],
         ["eval", "needle", "--context", "1024", "--keys", "4", "--depth", "0.1,0.5,0.9",
          "--policy", "dense,default"],
     ],
