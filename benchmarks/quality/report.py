@@ -172,6 +172,8 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
     picture = save(figure, name)
     if name == "local":
         rows.sort(key=lambda r: (r["context"], r["policy"]))
+    if name.startswith("qwen"):
+        rows.sort(key=lambda r: r["context"])
     body = ppl_table(rows)
     if layers:
         body += "\nError of a layer at the same settings (every sixth layer):\n\n" + table(
