@@ -43,7 +43,22 @@ def error(policies: list[str], context: str, every: int) -> list[str]:
     return ["eval", "error", "--context", context, "--every", str(every), "--policy", listed]
 
 
-#: What each table runs. `{image}`, `{clip}` are made by features.py, `{wikitext}` is given.
+#: τ of SmolLM2's layers 1 to 10, and of its others.
+BY_LAYER = {"{sparse-early}": (0.88, 0.97), "{sparse-late}": (0.98, 0.945)}
+
+
+def by_layer(inside: float, outside: float, path: Path) -> None:
+    """A calibration file with the default's settings but for τ."""
+    calibration = json.loads((HERE / "calibrations" / "smollm2-135m.json").read_text())
+    for layer, settings in enumerate(calibration["layers"]):
+        for head in settings["heads"]:
+            tau = inside if 1 <= layer <= 10 else outside
+            head.update({"cdf": tau, "top_k": None, "theta": 0, "lambda": 6})
+    path.write_text(json.dumps(calibration))
+
+
+#: What each table runs. `{image}`, `{clip}` are made by features.py, `{wikitext}` and
+#: `{calibration}` are given, the files of BY_LAYER are made here.
 TABLES: dict[str, list[list[str]]] = {
     # Equal error: one dense reading, every third layer.
     "error": [error(OURS + PAPER + MINFERENCE + FLEXPREFILL + XATTENTION + CONTROLS, "4096", 3)],
@@ -73,6 +88,16 @@ TABLES: dict[str, list[list[str]]] = {
              "minference:v=30,s=200", "flexprefill:0.95,min=128", "xattention:0.95", "window:1024"],
             "4096", "--windows", "3", "--prompt-file", "{wikitext}", "--calibration", "{calibration}"),
     ],
+    # Why XAttention is ahead on that text: how many queries are sampled, and which layers skip.
+    "wikitext-why": [
+        ppl(["cdf:0.96", "cdf:0.96,pool=16x16+4rows", "cdf:0.96,pool=16x16+8rows"], "4096",
+            "--windows", "3", "--prompt-file", "{wikitext}", "--calibration", "{sparse-early}"),
+        ppl(["cdf:0.95,pool=16x16+8rows"], "4096",
+            "--windows", "3", "--prompt-file", "{wikitext}", "--calibration", "{sparse-late}"),
+        [*error(["cdf:0.96", "cdf:0.96,pool=16x16+4rows", "cdf:0.96,pool=16x16+8rows",
+                 "xattention:0.95"], "4096", 1), "--prompt-file", "{wikitext}"],
+        ppl(["dense", "cdf:0.96", "cdf:0.96,pool=16x16+8rows"], "4096", "--calibration", "{sparse-early}"),
+    ],
     # Table 7, with what "perplexity" has at 4096.
     "length": [ppl(["dense", "default"], "1024,2048,8000", "--calibration", "{calibration}")],
     # Another model, tuned on its own.
@@ -82,6 +107,17 @@ TABLES: dict[str, list[list[str]]] = {
         ppl(["dense", "default"], "2048,8192,16384", "--model", "qwen2.5-coder-0.5b",
             "--calibration", "{calibration}"),
     ],
+    # The longest that it was made for.
+    "qwen-32k": [ppl(["dense", "default"], "32768", "--model", "qwen2.5-coder-0.5b")],
+    # Three times as large, with heads of 128.
+    "qwen-1.5b": [
+        ppl(["dense", "default", "topk:0.5", "minference:v=30,s=200", "xattention:0.95"],
+            "4096", "--model", "qwen2.5-coder-1.5b"),
+        ppl(["dense", "default"], "8192", "--model", "qwen2.5-coder-1.5b"),
+    ],
+    "qwen-1.5b-samples": [
+        ppl(["cdf:0.95", "cdf:0.95,pool=16x16+8rows"], "4096", "--model", "qwen2.5-coder-1.5b"),
+    ],
     # Tables 5 and 10.
     "judge": [
         error([f"cdf:0.9,local=0,lambda=inf,pool={p},theta={t}" for p in ("block", "16x16+2rows")
@@ -89,9 +125,9 @@ TABLES: dict[str, list[list[str]]] = {
     ],
     # Table 3.
     "overhead": [
-        ["bench", "--reps", "3",
+        ["bench", "--reps", "7",
          *(x for n in (1024, 2048, 4096, 8192, 16384) for x in ("--shape", f"9/3x{n}x64:causal")),
-         "--policy", "dense,cdf:0.98,cdf:0.98,pool=block,minference,flexprefill,xattention,xattention:0.9,stride=16"],
+         "--policy", "dense,cdf:0.98,cdf:0.98,pool=16x16+8rows,cdf:0.98,pool=block,minference,flexprefill,xattention,xattention:0.9,stride=16"],
     ],
     # Tables 4 and 9.
     "order": [
@@ -101,8 +137,10 @@ TABLES: dict[str, list[list[str]]] = {
     # Retrieval.
     "needle": [
         ["eval", "needle", "--context", "1024,2048", "--depth", "0.1,0.5,0.9", "--policy",
-         "dense,default,topk:0.5,minference:v=30,s=100,flexprefill:0.9,min=128,xattention:0.9"],
-        ["eval", "needle", "--context", "4096", "--depth", "0.1,0.5,0.9", "--policy", "dense,default"],
+         "dense,default,topk:0.5,minference:v=30,s=100,flexprefill:0.9,min=128,xattention:0.9",
+         "--calibration", "{calibration}"],
+        ["eval", "needle", "--context", "4096", "--depth", "0.1,0.5,0.9", "--policy", "dense,default",
+         "--calibration", "{calibration}"],
         ["eval", "needle", "--context", "1024", "--keys", "4", "--depth", "0.1,0.5,0.9",
          "--policy", "dense,default"],
     ],
@@ -139,6 +177,10 @@ def main() -> None:
                     path = Path(folder) / f"{kind}.safetensors"
                     make = [sys.executable, str(HERE / "features.py"), kind, str(path)]
                     subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+                    word = str(path)
+                elif word in BY_LAYER:
+                    path = Path(folder) / f"{word.strip('{}')}.json"
+                    by_layer(*BY_LAYER[word], path)
                     word = str(path)
                 elif word in given:
                     if not given[word]:

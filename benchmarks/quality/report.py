@@ -14,20 +14,23 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from pages import MODEL, PAPER, RECORDS, TITLES  # noqa: E402
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "results"
-MODEL = {
-    "smollm2-135m": "SmolLM2-135M-Instruct (Q4_1)",
-    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct (Q4_K_M)",
-}
 #: Families of policies: what their names start with, label, colour. The first match counts.
 FAMILIES = [
     ("our prediction, τ", "#1f4e9c"), ("our prediction, top-k", "#7aa6de"),
     ("paper's pooling, τ", "#d1495b"), ("MInference", "#2e933c"), ("FlexPrefill", "#edae49"),
     ("XAttention", "#8f3f97"), ("block-sparse", "#66a182"), ("window", "#888888"),
     ("random", "#bbbbbb"), ("tuned", "#000000"), ("our prediction, τ, no local blocks", "#00a0c0"),
+    ("our prediction, τ, 8 samples", "#ff7f0e"), ("our prediction, τ by layer", "#00702a"),
 ]
+#: What "tuned" is where measure.py made the settings itself.
+BY_LAYER = {
+    "{sparse-early}": "τ = 0.88 in layers 1–10, 0.97 in others",
+    "{sparse-late}": "τ = 0.98 in layers 1–10, 0.945 in others",
+}
 
 
 def family(policy: str) -> str | None:
@@ -37,8 +40,10 @@ def family(policy: str) -> str | None:
         return None
     if "pool=128x64" in policy:
         return "paper's pooling, τ" if policy.endswith("local=0") else None
+    if policy in BY_LAYER.values():
+        return "our prediction, τ by layer" if policy == BY_LAYER["{sparse-early}"] else None
     if "pool=" in policy:
-        return None
+        return "our prediction, τ, 8 samples" if policy.endswith("pool=16x16+8rows") else None
     if "local=" in policy:
         ours = policy.startswith("cdf") and policy.endswith("local=0")
         return "our prediction, τ, no local blocks" if ours else None
@@ -163,6 +168,8 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
     picture = save(figure, name)
     if name == "local":
         rows.sort(key=lambda r: (r["context"], r["policy"]))
+    if name.startswith("qwen"):
+        rows.sort(key=lambda r: r["context"])
     body = ppl_table(rows)
     if layers:
         body += "\nError of a layer at the same settings (every sixth layer):\n\n" + table(
@@ -175,6 +182,36 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
         body += "above; – where they do not reach):\n\n"
         body += equal(found, [0.35, 0.4, 0.5, 0.55, 0.6, 0.65], signed)
     return picture, body
+
+
+def report_wikitext(runs: list[dict]) -> tuple[str, str]:
+    """One table for each text, and which layers the policies take the error from."""
+    for run in runs:
+        for made, label in BY_LAYER.items():
+            for r in run["output"]["results"]:
+                if made in run["command"] and r["policy"] == "tuned":
+                    r["policy"] = label
+    errors = [run for run in runs if "eval error" in run["command"]]
+    emma = [run for run in runs if run["output"]["text"] == "Emma"]
+    picture, body = report_ppl("wikitext", [run for run in runs if run not in errors + emma])
+    body += "\nThe same on Emma:\n\n" + ppl_table([r for run in emma for r in run["output"]["results"]])
+    rows = [r for run in errors for r in run["output"]["results"]]
+    early = lambda r: sum(r["layers"][1:11]) / 10  # noqa: E731
+    late = lambda r: sum(r["layers"][11:]) / len(r["layers"][11:])  # noqa: E731
+    body += "\nError of a layer's attention on WikiText-2, given exact inputs:\n\n" + table(
+        ["policy", "Q·Kᵀ skipped", "relative L1", "layers 1–10", "layers 11–29"],
+        [[f"`{r['policy']}`", pct(r["qk_sparsity"]), f"{r['rel_l1']:.4f}", f"{early(r):.4f}", f"{late(r):.4f}"]
+         for r in rows],
+    )
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    for r in rows:
+        axis.plot(range(len(r["layers"])), r["layers"], marker="o", ms=3, lw=1.2,
+                  label=f"{r['policy']}, {pct(r['qk_sparsity'], 0)} skipped")
+    axis.set_xlabel("layer")
+    axis.set_ylabel("relative L1")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return picture, body + "\n" + save(figure, "wikitext-layers")
 
 
 def ppl_table(rows: list[dict]) -> str:
@@ -351,45 +388,6 @@ def report_needle(runs: list[dict]) -> tuple[str, str]:
     return save(figure, "needle"), body
 
 
-TITLES = {
-    "error": "Error against sparsity, by policy",
-    "policies": "Perplexity against sparsity, by policy",
-    "tuned": "Perplexity with every head's own settings",
-    "qwen": "Qwen2.5-Coder",
-    "wikitext": "Perplexity on WikiText-2",
-    "length": "Sparsity against length",
-    "local": "Blocks before the diagonal, always kept",
-    "stages": "Stage 1, stage 2, both",
-    "judge": "The self-similarity judge",
-    "overhead": "Cost of the prediction against length",
-    "order": "Order of tokens",
-    "needle": "Retrieval",
-}
-#: The records that a page is made of, where not the one of its name.
-RECORDS = {
-    "policies": ["perplexity", "local"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
-    "length": ["length", "tuned"],
-}
-#: What the paper has on the same question.
-PAPER = {
-    "error": "The paper compares at each method's own settings and reports quality, not error (its "
-             "Table 1); its tuning bounds are relative L1 (0.08, 0.09) for Llama-3.1-8B.",
-    "policies": "Table 1, Llama-3.1-8B at 128K: SpargeAttn 54% sparse, perplexity 6.013 → 6.020; MInference "
-                "and FlexPrefill lose quality at 30 to 50%.",
-    "tuned": "Table 1, Llama-3.1-8B, 128K: 6.013 dense, 6.020 at 54% sparsity, tuned at relative L1 (0.08, 0.09).",
-    "wikitext": "Table 1, Llama-3.1-8B, 128K: 6.013 dense, 6.020 at 54% sparsity (tuned).",
-    "qwen": "Table 7, Llama-3.1-8B at a fixed error bound: 8K 6.8%, 16K 26.4%, 24K 35.7%, 48K 49.8%, 128K 54%.",
-    "local": "It keeps what it selects, blocks that are not self-similar, the diagonal and, if asked, the first block.",
-    "length": "Llama-3.1-8B at a fixed error bound: 8K 6.8%, 16K 26.4%, 24K 35.7%, 48K 49.8%, 128K 54%.",
-    "stages": "Table 6, Llama-3.1-8B at 128K: stage 1 alone 51.2%, stage 2 alone 27.7%, both 54%.",
-    "judge": "Tables 5 and 10, Mochi: without the judge VQA-a falls from 54.18 to 34.66.",
-    "overhead": "Table 3, Llama-3.1-8B on a GPU: 8K 3.78%, 16K 1.82%, 32K 0.91%, 64K 0.61%, 128K 0.52%.",
-    "order": "Row-major → Hilbert: sparsity 0.242 → 0.265 (CogVideoX), 0.363 → 0.392 (Mochi); "
-             "self-similarity of K blocks 0.435 → 0.523, 0.390 → 0.479.",
-    "needle": "Needle in a haystack, Llama-3.1-8B at 128K: dense 0.907, SpargeAttn 0.909 at 54%.",
-}
-
-
 def subject(name: str, runs: list[dict]) -> str:
     outputs = [run["output"] for run in runs]
     first = outputs[0]
@@ -414,7 +412,7 @@ def main() -> None:
         special = {
             "error": report_error, "length": report_length, "stages": report_stages,
             "judge": report_judge, "overhead": report_overhead, "order": report_order,
-            "needle": report_needle,
+            "needle": report_needle, "wikitext": report_wikitext,
         }
         runs = [run for record in records for run in record["runs"]]
         picture, body = special[name](runs) if name in special else report_ppl(name, runs)
@@ -425,8 +423,9 @@ def main() -> None:
         when = " and ".join(dict.fromkeys(r["date"] for r in records))
         files = " and ".join(f"`benchmarks/quality/records/{n}.json`" for n in names)
         made = " and ".join(f"`python benchmarks/quality/measure.py {n}`" for n in names)
+        devices = " and ".join(dict.fromkeys(r["device"] for r in records))
         path.write_text(
-            f"# {TITLES[name]}\n\n{subject(name, runs)}. {records[0]['device']}, {when}. "
+            f"# {TITLES[name]}\n\n{subject(name, runs)}. {devices}, {when}. "
             f"Record: {files}, made by {made}:\n\n{commands}\n"
             f"The paper: {PAPER[name]}\n\n{picture}\n{body}\n{reading}"
         )

@@ -222,6 +222,17 @@ fn inspect() {
 }
 
 #[test]
+fn texts_that_are_too_short() {
+    let files = Files::new();
+    let text = files.write_bytes("prompt.txt", b"Some words to read, and some more.");
+    for eval in ["ppl", "needle", "error"] {
+        let args = ["eval", eval, "--context", "300", "--prompt-file", &text];
+        let Some(ran) = with_model(&args) else { return };
+        ran.refused(2, "tokens, expected 300; use a longer text");
+    }
+}
+
+#[test]
 fn models_that_are_not_there() {
     let files = Files::new();
     let text = files.write_bytes("prompt.txt", b"Some words to read, and some more.");

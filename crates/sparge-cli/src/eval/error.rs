@@ -1,7 +1,7 @@
 //! `sparge eval error`: relative L1 of every layer's attention, many policies in one reading.
 
 use crate::Context;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::language::{Language, ModelArgs, Prompt, TextArgs, TokenBar};
 use crate::policy::{self, Policies, Policy};
 use crate::terminal::{self, Table, percent, seconds};
@@ -72,14 +72,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         language.check_context(length)?;
     }
     let longest = args.context.iter().copied().max().unwrap_or(0);
-    let tokens = language.tokens(&text.text, longest)?;
-    if tokens.len() < longest {
-        return Err(Error::input(format!(
-            "{} has {} tokens, expected {longest}; use a longer text or a shorter context",
-            text.name,
-            tokens.len()
-        )));
-    }
+    let tokens = language.first_tokens(&text, longest)?;
     let bar = TokenBar::new(args.context.iter().sum());
     let mut results = Vec::new();
     for &length in &args.context {

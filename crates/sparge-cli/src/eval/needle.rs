@@ -98,7 +98,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let policies = args.tuned.contenders(&policies, &language, context.isa)?;
     let longest = args.context.iter().copied().max().unwrap_or(0);
     language.check_context(longest.saturating_add(ANSWER))?;
-    let tokens = language.tokens(&text.text, longest)?;
+    let tokens = match args.haystack {
+        Hay::Text => language.first_tokens(&text, longest)?,
+        Hay::Needles => Vec::new(),
+    };
 
     let per_policy = args.context.iter().sum::<usize>() * args.depth.len() * args.trials as usize;
     let bar = TokenBar::new(per_policy * policies.len());

@@ -1,7 +1,7 @@
 //! `sparge eval order`: what the order of spatial tokens does to self-similarity and sparsity.
 
 use crate::error::{Error, Result};
-use crate::flags::pooling;
+use crate::flags::{pooling, pooling_name};
 use crate::input::Qkv;
 use crate::inspect::exact_masses;
 use crate::safetensor::Reader;
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     orders: Vec<Order>,
     /// Granularities of the prediction, as in `sparge attend`
     #[arg(long = "pooling", value_name = "POOLING", value_delimiter = ',', value_parser = pooling,
-          default_values = ["block", "16x16+var"])]
+          default_values = ["block", "16x16+2rows"])]
     poolings: Vec<Pooling>,
     /// Bound on the relative L1 error of each head's output
     #[arg(long, value_name = "L1", default_value_t = 0.05)]
@@ -176,13 +176,8 @@ fn one_order(
         .poolings
         .iter()
         .zip(sums)
-        .map(|(p, [qk_sparsity, rel_l1, tau])| AtBound {
-            pooling: format!(
-                "{}x{}{}",
-                p.q_rows,
-                p.kv_rows,
-                if p.second_order { "+var" } else { "" }
-            ),
+        .map(|(&p, [qk_sparsity, rel_l1, tau])| AtBound {
+            pooling: pooling_name(p),
             qk_sparsity,
             rel_l1,
             tau,

@@ -73,15 +73,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     }
     let windows = args.windows as usize;
     let most = args.context.iter().copied().max().unwrap_or(0).saturating_mul(windows);
-    let tokens = language.tokens(&text.text, most)?;
-    if tokens.len() < most {
-        return Err(Error::input(format!(
-            "{} has {} tokens, expected {most} for {windows} windows; use a longer text or a \
-             shorter context",
-            text.name,
-            tokens.len()
-        )));
-    }
+    let tokens = language.first_tokens(&text, most)?;
     let all = args.context.iter().sum::<usize>() * windows * policies.len();
     let bar = TokenBar::new(all);
     bar.say("loading");

@@ -128,6 +128,19 @@ impl Language {
         Ok(tokens)
     }
 
+    /// The first `count` tokens of `text`; one that has fewer is refused.
+    pub(crate) fn first_tokens(&self, text: &Text, count: usize) -> Result<Vec<u32>> {
+        let tokens = self.tokens(&text.text, count)?;
+        if tokens.len() < count {
+            return Err(Error::input(format!(
+                "{} has {} tokens, expected {count}; use a longer text or read less of it",
+                text.name,
+                tokens.len()
+            )));
+        }
+        Ok(tokens)
+    }
+
     /// Reads every weight once, so that the first reading that is timed does not also read the
     /// file from the disk.
     pub(crate) fn warm_up(&self) -> Result<()> {
