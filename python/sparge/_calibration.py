@@ -45,9 +45,13 @@ class Calibration:
     def save(self, path: "Union[str, os.PathLike[str]]") -> None:
         """Writes the file that :func:`load_calibration` and the command read (``docs/calibration.md``):
         JSON, one line per head. A file that is there is replaced at once, never half."""
-        draft = f"{os.fspath(path)}.part"
+        if "layers" not in self.contents:
+            raise SpargeError(
+                "this calibration was put together by hand; save those that tune or load_calibration made"
+            )
+        text, draft = _text(self.contents), f"{os.fspath(path)}.part"
         with open(draft, "w", encoding="utf-8") as file:
-            file.write(_text(self.contents))
+            file.write(text)
         os.replace(draft, path)
 
     def __repr__(self) -> str:

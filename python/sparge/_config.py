@@ -30,7 +30,7 @@ class Config:
     * ``topk``: share of the reachable key blocks each query block attends, in (0, 1].
     * ``cdf``: the paper's τ: blocks of descending predicted mass until it is reached, in (0, 1].
       With ``topk`` as well, their union. With neither: 0.98 where prediction pays (arrays: from 1024 keys
-      on; torch: 2048, on a GPU 4096), exact below; 0.98 at any length where ``theta``, ``pv_gap`` or ``policy="paper"`` is given.
+      on; torch: 2048; on a GPU where rows see 7168 on average, 8192 at dimensions up to 64), exact below; 0.98 at any length where ``theta``, ``pv_gap`` or ``policy="paper"`` is given.
     * ``theta``: the judge θ in [0, 1): blocks that are not self-similar are kept. 0: off.
     * ``pv_gap``: λ of stage 2, natural-log units, above 0 (``inf``: off). Default 6.
     * ``pooling``: how blocks are scored: ``"mixed"`` (default: 16×16 means and two sampled

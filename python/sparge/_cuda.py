@@ -133,7 +133,7 @@ class _Call:
         at: Any = (out.data_ptr(), out.shape, out.stride())
         tensors = (self.stream, self.q, self.k, self.v)
         with _on(self.device):
-            if " keep_" not in settings or not self.kind.predicts:
+            if not (_keeps_more(settings) and self.kind.predicts):
                 self.kind.forward(*tensors, at, lse, stats, self.masks, self.workspace.data_ptr())
                 return
             words = self.select()
@@ -270,33 +270,29 @@ def unpack(words: Tensor, kv_blocks: int) -> Tensor:
     return bits.flatten(3)[..., :kv_blocks] != 0
 
 
+# Never cleared: captured graphs hold their addresses. A row of words each.
 _kept: dict[Any, Tensor] = {}
 
 
+def _keeps_more(settings: str) -> bool:
+    return " keep_keys=" in settings or " keep_queries=" in settings
+
+
 def _keep_more(words: Tensor, settings: str) -> None:
-    """Sets, in a mask's words, the blocks that the settings keep whatever is predicted."""
-    keys, queries = (_setting(settings, name) for name in ("keep_keys=", "keep_queries="))
-    if not (keys or queries):
-        return
-    about = (words.device.index, words.shape[2:], keys, queries)
-    found = _kept.get(about)
-    if found is None:
-        if len(_kept) > 1024:
-            _kept.clear()
-        found = _kept[about] = _kept_words(words, keys, queries)
-    words |= found
-
-
-def _kept_words(words: Tensor, keys: str, queries: str) -> Tensor:
-    """``[q_blocks, words]``: the blocks of ``from:to,…`` keys in every row, all blocks in the rows of
-    ``from:to,…`` queries."""
-    _, _, rows, width = words.shape
-    kept = torch.zeros(1, 1, rows, width * 32, dtype=torch.bool)
-    for start, end in _ranges(keys):
-        kept[..., start // 64 : -(-end // 64)] = True
-    for start, end in _ranges(queries):
-        kept[:, :, start // 128 : -(-end // 128)] = True
-    return pack(kept, width)[0, 0].to(words.device)
+    """Sets, in a mask's words, the blocks that the settings keep whatever is predicted: those of
+    ``from:to,…`` keys in every row, all in the rows of ``from:to,…`` queries."""
+    keys = _setting(settings, "keep_keys=")
+    if keys:
+        about = (words.device.index, words.shape[3], keys)
+        found = _kept.get(about)
+        if found is None:
+            kept = torch.zeros(1, 1, 1, words.shape[3] * 32, dtype=torch.bool)
+            for start, end in _ranges(keys):
+                kept[..., start // 64 : -(-end // 64)] = True
+            found = _kept[about] = pack(kept, words.shape[3]).to(words.device)
+        words |= found
+    for start, end in _ranges(_setting(settings, "keep_queries=")):
+        words[:, :, start // 128 : -(-end // 128)] = -1
 
 
 def _ranges(text: str) -> "list[tuple[int, int]]":

@@ -32,8 +32,9 @@ CUDA_MIN_REACH = 7168
 CUDA_MIN_REACH_64 = 8192  # head dimensions up to 64
 AUTO_MIN_QUERIES = 16
 
-# What settings leave open: everything (short calls may run as SDPA); only how to be exact.
-AUTO, EXACT = "auto", "exact"
+# What settings leave open: everything (short calls may run as SDPA); only how to be exact, as the user
+# asked or as a schedule has it (which on the CPU takes SDPA for short calls alone).
+AUTO, EXACT, SCHEDULED = "auto", "exact", "scheduled"
 
 _texts: dict[Any, tuple[str, str]] = {}
 _warned: set[str] = set()
@@ -55,7 +56,7 @@ def _settings(
     keep_queries: Any,
     is_short: bool,
 ) -> tuple[str, str]:
-    """The settings' text, and what they leave open: `AUTO`, `EXACT` or nothing."""
+    """The settings' text, and what they leave open: `AUTO`, `EXACT`, `SCHEDULED` or nothing."""
     config = (config or Config()).override(
         topk=topk, cdf=cdf, theta=theta, pv_gap=pv_gap, policy=policy
     )
@@ -66,8 +67,10 @@ def _settings(
         config, layout=layout, scale=scale, causal=causal, window=window, keep_keys=keep_keys,
         keep_queries=keep_queries,
     )
-    if config.is_default() or config is DENSE:
+    if config.is_default():
         return text, AUTO
+    if config is DENSE:
+        return text, SCHEDULED
     return text, EXACT if config.policy == "dense" else ""
 
 
@@ -148,7 +151,7 @@ def attention(
         and policy in (None, "auto")
         and (config is None or config.is_default())
     )  # fmt: skip
-    is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO, causal)
+    is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO, causal, window)
     text, leaves = _kept_settings(
         config, kv_len, topk, cdf, theta, pv_gap, policy, layout, scale, causal, window, keep_keys,
         keep_queries, is_short,
@@ -157,8 +160,9 @@ def attention(
         _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
         _same_device(query, block_mask, "block_mask")
         query, key, value = _one_batch(query, key, value)
-        if leaves and _is_short(query, q_len, kv_len, leaves, causal):
-            extras = return_lse or return_stats or window or keep_keys or keep_queries
+        if leaves and _is_short(query, q_len, kv_len, leaves, causal, window):
+            # What is kept anyway changes nothing where everything is.
+            extras = return_lse or return_stats or window
             plain = not extras and block_mask is None and key_lengths is None
             if plain and (causal != "bottom_right" or q_len == kv_len):
                 # The crossover: below it the default is exact attention, and SDPA is exact.
@@ -227,17 +231,35 @@ def is_plain_and_short(
     )
 
 
-def _is_short(query: Tensor, q_len: int, kv_len: int, leaves: str, causal: Optional[str]) -> bool:
+def _is_short(
+    query: Tensor,
+    q_len: int,
+    kv_len: int,
+    leaves: str,
+    causal: Optional[str] = None,
+    window: Window = None,
+) -> bool:
     """Whether the call is to be exact, and SDPA is the way to do that."""
     if query.is_cuda:
-        if leaves == EXACT or q_len < AUTO_MIN_QUERIES:
+        if leaves != AUTO or q_len < AUTO_MIN_QUERIES:
             return True
-        half = min(q_len, kv_len) // 2
-        reach = {None: kv_len, "top_left": half, "bottom_right": kv_len - half}[causal]
-        return reach < (CUDA_MIN_REACH if query.shape[3] > 64 else CUDA_MIN_REACH_64)
+        least = CUDA_MIN_REACH if query.shape[3] > 64 else CUDA_MIN_REACH_64
+        return _reach(q_len, kv_len, causal, window) < least
     if leaves == EXACT:
         return False
     return kv_len < CPU_MIN_LEN or q_len < AUTO_MIN_QUERIES
+
+
+def _reach(q_len: int, kv_len: int, causal: Optional[str], window: Window) -> int:
+    """About how many keys a query sees; key lengths and masks are not asked."""
+    reach = kv_len
+    if causal:
+        reach -= min(q_len, kv_len) // 2
+    if causal == "top_left":
+        reach -= max(0, kv_len - q_len)
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    return reach if left is None or right is None else min(reach, left + 1 + right)
 
 
 def _lens(query: Tensor, key: Tensor, layout: str) -> tuple[int, int]:
@@ -465,7 +487,8 @@ def predict(
     q_len, kv_len = _lens(query, key, layout)
     text, _ = _kept_settings(
         config, kv_len, knobs["topk"], knobs["cdf"], knobs["theta"], None, knobs["policy"], layout,
-        scale, causal, window, None, None, _is_short(query, q_len, kv_len, AUTO, causal),
+        scale, causal, window, None, None,
+        _is_short(query, q_len, kv_len, AUTO, causal, window),
     )  # fmt: skip
     query, key, _ = _one_batch(query, key, key)
     mask = None if attn_mask is None else _element_mask(attn_mask, q_len, kv_len)

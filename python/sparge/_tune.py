@@ -69,7 +69,7 @@ class _Table:
             out, stats = attend(config)
             l1 = _l1(out.float() - want)
             # A head whose output is zero has an error only where it should not be.
-            relative = torch.where(l1 == 0, l1, l1 / norm).nan_to_num(nan=math.inf)
+            relative = torch.where(l1 == 0, l1, l1 / norm).nan_to_num(nan=math.inf, posinf=math.inf)
             now = _Tried(relative.amax(0), l1.sum(0), stats.counts.to(l1.device).sum(0))
             if at == len(self.tried):
                 self.tried.append(now)

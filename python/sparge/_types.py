@@ -13,7 +13,7 @@ class Stats:
     ``counts`` is ``[batch, heads, 4]`` int64, a torch tensor for torch calls and a numpy array for
     numpy and DLPack calls: blocks that are reachable,
     blocks whose Q·Kᵀ was computed, groups of 16 rows that are reachable, groups whose P·V was
-    computed. On CUDA the last two are block counts too: stage 2 is not counted there.
+    computed. The fast path of CUDA has no stage 2: there both count what stage 1 left.
     """
 
     counts: Any

@@ -141,6 +141,17 @@ def test_keep_keys_are_attended_by_every_query() -> None:
     assert relative_l1(got, want) < 1e-5
 
 
+def test_how_many_keys_a_query_sees() -> None:
+    from sparge._torch import _reach
+
+    assert _reach(100, 400, None, None) == 400
+    assert _reach(400, 400, "top_left", None) == _reach(400, 400, "bottom_right", None) == 200
+    assert _reach(100, 400, "top_left", None) == 50
+    assert _reach(100, 400, "bottom_right", None) == 350
+    assert _reach(400, 400, None, (30, 9)) == 40 and _reach(400, 400, "top_left", (30, None)) == 31
+    assert _reach(400, 400, None, (30, None)) == 400
+
+
 def test_keep_queries_attend_everything() -> None:
     q, k, v = qkv(q_len=1500)
     config = sparge.Config(topk=0.2, pv_gap=math.inf)

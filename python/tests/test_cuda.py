@@ -123,6 +123,18 @@ def test_defaults_at_short_lengths_are_sdpa() -> None:
     assert torch.equal(sparge.attention(q, k, v, is_causal=True, enable_gqa=True), want)
 
 
+def test_what_is_dense_anyway_is_sdpa() -> None:
+    from sparge._config import DENSE
+
+    q, k, v = inputs(heads=4, kv_heads=4, q_len=9000, dim=64)
+    want = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(sparge.attention(q, k, v, config=DENSE), want)  # a schedule's dense layer
+    assert torch.equal(sparge.attention(q, k, v, policy="dense"), want)
+    short = [x[:, :, :3000] for x in (q, k, v)]
+    kept = sparge.attention(*short, keep_keys=((0, 100),), keep_queries=((0, 100),))
+    assert torch.equal(kept, F.scaled_dot_product_attention(*short))
+
+
 # Inductor's own first capture is of nothing.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_opcheck_and_compile() -> None:

@@ -22,7 +22,6 @@ __global__ void __launch_bounds__(THREADS) statistics(const __grid_constant__ Ar
     __shared__ float sums[ROWS][D];
     __shared__ u32 tops[ROWS][D];
     __shared__ u32 is_last;
-    wait_for_predecessor();
     const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
     const int pair = blockIdx.y, batch = pair / a.kv_heads, head = pair % a.kv_heads;
     const u16 *k = static_cast<const u16 *>(a.k) + batch * a.ks.batch + head * a.ks.head + lane * 8;

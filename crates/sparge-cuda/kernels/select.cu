@@ -70,7 +70,7 @@ __device__ __forceinline__ void choose(const Args &a, const Row &row, const Budg
     above = forced + __reduce_add_sync(FULL, above);
     sum = forced_mass + warp_sum(sum);
     int ties = max(0, at_least - above);
-    if (low == 0) ties = n;
+    if (low == 0) ties = sum >= cdf ? ties : n;
     else if (sum < cdf) ties = max(ties, static_cast<int>(ceilf((cdf - sum) / threshold)));
     int seen = 0;
     for (int w = 0; w < a.mask_words; w++) {

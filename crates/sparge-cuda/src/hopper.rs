@@ -63,8 +63,8 @@ pub(crate) struct Kernels {
 pub(crate) struct Select {
     pub(crate) score: Arc<Kernel>,
     pub(crate) score_shared: usize,
-    pub(crate) choose: Arc<Kernel>,
-    /// Query blocks of a thread block of `choose`.
+    pub(crate) select: Arc<Kernel>,
+    /// Query blocks of a thread block of `select`.
     pub(crate) warps: usize,
 }
 
@@ -123,7 +123,7 @@ impl Hopper {
             Some(Select {
                 score_shared: score.most_shared_bytes(),
                 score: load(score)?,
-                choose: load(spec)?,
+                select: load(spec)?,
                 warps,
             })
         };

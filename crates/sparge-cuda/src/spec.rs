@@ -172,7 +172,7 @@ pub enum KernelSpec {
     Count,
     /// A mask and the caller's block mask, for the fast path.
     Intersect,
-    /// Shares of the key blocks in the attention of sampled queries, for either path's selection.
+    /// Log-sum-exps of sampled queries' scores, for either path's selection.
     Sample {
         /// Element type.
         dtype: DType,
@@ -406,12 +406,14 @@ impl KernelSpec {
     /// Slabs (64 rows × 128 bytes) of queries (64 · `halves` rows of so many bytes) and of the keys in
     /// flight.
     fn slab_bytes(row: usize, halves: usize) -> usize {
-        (halves * row.div_ceil(128) + 3) * SLAB_ROWS * 128
+        (halves * row.div_ceil(128) + SLAB_STAGES) * SLAB_ROWS * 128
     }
 }
 
 /// Keys that a thread block of `sample` or `score` loads together.
 pub(crate) const SLAB_ROWS: usize = 64;
+/// Slabs of keys in flight there.
+const SLAB_STAGES: usize = 3;
 
 /// Times 64 queries that a thread block of `sample` scores: an Ada GPU has no room for two of f32.
 pub(crate) fn sample_halves(dtype: DType) -> usize {

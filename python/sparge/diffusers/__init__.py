@@ -11,7 +11,8 @@ compact and more of them can be skipped; ``reuse_mask=4`` predicts in every four
 
 Models: CogVideoX, Mochi, SD3 (through processors of this package); Flux, Wan, HunyuanVideo, LTX,
 Qwen-Image (through diffusers' attention dispatcher). Self-attention over image tokens becomes
-sparse. Text queries stay exact (SDPA), and every image query attends all text keys. Attention to a
+sparse. Text queries attend everything (on the CPU and with ``reuse_mask`` by SDPA, else in the one call of a
+GPU), and every image query attends all text keys. Attention to a
 separate text encoder's output is untouched.
 """
 

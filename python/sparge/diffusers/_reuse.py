@@ -200,7 +200,7 @@ def _predicts_nothing(config: Config, query: Tensor, key: Tensor) -> bool:
     """Whether a call is exact, or too short to be worth a mask."""
     q_len, kv_len = query.shape[2], key.shape[2]
     is_exact = config.at(kv_len).policy == "dense" or q_len < BLOCK_Q
-    is_short = config.is_default() and _torch._is_short(query, q_len, kv_len, _torch.AUTO, None)
+    is_short = config.is_default() and _torch._is_short(query, q_len, kv_len, _torch.AUTO)
     return is_exact or is_short
 
 

@@ -50,7 +50,9 @@ def tune(
       costs 23 sparse ones in the first run, 8 in the second.
     * ``l1``, ``l2``, ``progress``, ``config`` and knobs: see :func:`sparge.tune`. The bounds of the
       paper are (0.05, 0.06) for CogVideoX and Mochi, (0.07, 0.08) for Flux and SD3.5. Text is as
-      :func:`enable` has it: its queries are exact and left out, its keys always kept.
+      :func:`enable` has it, its keys always kept, but its queries are left out: on a GPU, where
+      ``enable`` puts them before the image's in one call, text whose length is no multiple of 128
+      shifts the image's blocks from those that were tried.
       ``min_kv_len``: calls with fewer keys run dense, default 1024, or the shortest call.
     * ``by``: ``"error"``, the paper's rule: one bound for all layers. ``"effect"``: layers whose error
       moves what ``run`` returns (tensors, anyhow nested) more get a smaller bound, others a larger one

@@ -5,8 +5,6 @@
 
 namespace sparge {
 
-struct F32 {};
-
 /// An attention problem of its own: a batch entry or a packed sequence.
 struct Sequence {
     i32 batch;

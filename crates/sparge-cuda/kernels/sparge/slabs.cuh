@@ -3,7 +3,6 @@
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
 #include "sparge/ptx/mma.cuh"
-#include "sparge/call.cuh"
 
 namespace sparge {
 

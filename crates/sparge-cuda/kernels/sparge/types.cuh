@@ -18,6 +18,7 @@ constexpr int MAX_HEADS = 128;
 /// Element types of q, k, v and o.
 struct F16 {};
 struct Bf16 {};
+struct F32 {};
 
 /// Distances between neighbours, in elements.
 struct Strides {

@@ -97,7 +97,7 @@ impl Hopper {
                 stream,
                 &mut args,
             )?;
-            enqueue_early(&select.choose, [groups, pairs], threads, masses, stream, &mut args)
+            enqueue_early(&select.select, [groups, pairs], threads, masses, stream, &mut args)
         }
     }
 

@@ -183,7 +183,7 @@ unsafe fn enqueue<A>(
 /// themselves.
 ///
 /// # Safety
-/// As `enqueue`; the kernel begins with `wait_for_predecessor`.
+/// As `enqueue`; the kernel calls `wait_for_predecessor` before it touches device memory or exits.
 unsafe fn enqueue_early<A>(
     kernel: &Kernel,
     [x, y]: [u32; 2],

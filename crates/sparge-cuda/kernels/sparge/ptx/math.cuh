@@ -6,8 +6,8 @@ namespace sparge {
 
 constexpr u32 FULL = 0xffffffffu;
 
-/// Waits for the kernel before in the stream: first of all in kernels that are launched before it has
-/// ended (`enqueue_early`, sm_90 and later). None lets its successor start while it runs
+/// Waits for the kernel before in the stream: kernels that are launched before it has ended
+/// (`enqueue_early`, sm_90 and later) do so before they exit, read or write device memory. None lets its successor start while it runs
 /// (`launch_dependents`): waiting thread blocks take shared memory from the cache of those that work.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
