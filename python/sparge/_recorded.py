@@ -7,10 +7,10 @@ from typing import Any, Optional
 
 import torch
 
-from . import _torch
 from ._api import attention
 from ._calibration import Calibration
 from ._config import Config
+from ._dense import DenseOptions, dense
 from ._sparge import SpargeError
 from ._tune import Progress, Study
 from ._types import Stats
@@ -27,8 +27,8 @@ def exact(
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    options = _torch.DenseOptions(scale, False, "bottom_right" if is_causal else None)
-    return _torch.dense(query, key, value, None, options)
+    options = DenseOptions(scale, False, "bottom_right" if is_causal else None)
+    return dense(query, key, value, None, options)
 
 
 def tune(
