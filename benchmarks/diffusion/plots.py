@@ -36,7 +36,7 @@ def latency(rows: dict, folder: Path) -> str:
     axis.set_xticks(range(len(rows)), rows)
     axis.set_ylabel("time of a step, native SDPA = 1")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7, ncols=4)
+    axis.legend(fontsize=7, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return save(figure, folder, "diffusion-latency")
 
 
