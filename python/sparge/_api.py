@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 from ._config import Config, PerHead
 from ._mask import BlockMask
+from ._sparge import SpargeError
 from ._types import Quantized
 
 if TYPE_CHECKING:
@@ -276,7 +277,13 @@ def tune(
     For models: ``sparge.transformers.tune``, ``sparge.diffusers.tune``. Raises ``SpargeError`` for what
     does not fit.
     """
-    from . import _recorded
+    try:
+        from . import _recorded
+    except ModuleNotFoundError as error:
+        raise SpargeError(
+            "sparge.tune works on torch tensors, and torch is not installed; the command `sparge tune` "
+            "reads recorded tensors from files without it"
+        ) from error
 
     return _recorded.tune(calls, l1, l2, is_causal, scale, name, progress, config, knobs)
 
