@@ -115,6 +115,7 @@ TABLES: dict[str, list[list[str]]] = {
             "4096", "--model", "qwen2.5-coder-1.5b"),
         ppl(["dense", "default"], "8192", "--model", "qwen2.5-coder-1.5b"),
     ],
+    "qwen-1.5b-16k": [ppl(["dense", "default"], "16384", "--model", "qwen2.5-coder-1.5b")],
     "qwen-1.5b-samples": [
         ppl(["cdf:0.95", "cdf:0.95,pool=16x16+8rows"], "4096", "--model", "qwen2.5-coder-1.5b"),
     ],

@@ -24,7 +24,7 @@ TITLES = {
 RECORDS = {
     "policies": ["perplexity", "local"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
     "length": ["length", "tuned"], "qwen": ["qwen", "qwen-32k"],
-    "qwen-1.5b": ["qwen-1.5b", "qwen-1.5b-samples"], "wikitext": ["wikitext", "wikitext-why"],
+    "qwen-1.5b": ["qwen-1.5b", "qwen-1.5b-16k", "qwen-1.5b-samples"], "wikitext": ["wikitext", "wikitext-why"],
 }
 #: What the paper has on the same question.
 PAPER = {
