@@ -324,7 +324,6 @@ impl General {
         // the GPU twice.
         let tiles = rows * self.sample_groups() * self.tables.longest[1];
         self.call.sample_chunk = (tiles / (8 * device.multiprocessors())).clamp(8, 64) as i32;
-        self.call.some_heads = self.heads_together as i32;
         self.layout = Layout::new(&self, selects)?;
         Ok(self)
     }
