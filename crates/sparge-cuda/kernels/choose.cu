@@ -9,6 +9,7 @@
 #include "sparge/ptx/math.cuh"
 #include "sparge/ptx/mma.cuh"
 #include "sparge/call.cuh"
+#include "sparge/choice.cuh"
 #include "sparge/rows.cuh"
 #include "sparge/samples.cuh"
 
@@ -21,8 +22,6 @@ constexpr float MINUS_INFINITY = -1.f / 0.f;
 
 // A key block as a query block sees it.
 enum : u8 { REACHABLE = 1, FORCED = 2, SCORED = 4, KNOWN = 8 };
-// What stands in a mass's place.
-constexpr float NO_MASS = -1.f, APART_MASS = -2.f, FORCED_MASS = -3.f;
 
 __device__ __forceinline__ u8 kind_of(const Call &a, const Sequence &s, const View &view,
                                       int sequence, int head, int q_block, int j, float theta,
@@ -46,66 +45,6 @@ __device__ __forceinline__ u8 kind_of(const Call &a, const Sequence &s, const Vi
     const bool known = a.k_known[at] && (theta == 0.f || a.k_cosine[at] > theta);
     return REACHABLE | (forced ? FORCED : 0) | (known ? KNOWN : 0) |
            (known && !frontier ? SCORED : 0);
-}
-
-/// How many of `reachable` blocks a share of them is: the ceiling, where a product that is whole
-/// up to rounding counts as that number.
-__device__ __forceinline__ int count_of(double share, int reachable) {
-    if (!(share > 0.)) return 1;
-    const double exact = share * reachable, near = rint(exact);
-    const double count = fabs(exact - near) <= 1e-6 * reachable ? near : ceil(exact);
-    return max(1, min(max(reachable, 1), static_cast<int>(count)));
-}
-
-/// Writes the mask words of one query block: forced blocks (their number and mass given), then
-/// others in descending mass until all of them reach the budget. A warp.
-__device__ __forceinline__ void choose_blocks(const Call &a, const Head &head, const float *mass, int n,
-                                              int reachable, int forced, double forced_mass,
-                                              u32 *words) {
-    const int lane = threadIdx.x % 32;
-    const int at_least = count_of(head.top_k, reachable);
-    // The largest threshold (as bits: masses are not negative) that keeps enough.
-    u32 low = 0, high = 0x40000000u;
-    while (high - low > 1) {
-        const u32 middle = (low + high) / 2;
-        const float threshold = as_float(middle);
-        int above = 0;
-        double sum = 0.;
-        for (int j = lane; j < n; j += 32)
-            if (mass[j] >= threshold) {
-                above++;
-                sum += mass[j];
-            }
-        const bool enough = forced + warp_sum(above) >= at_least &&
-                            forced_mass + warp_sum(sum) >= head.cdf;
-        if (enough) low = middle; else high = middle;
-    }
-    // Of the blocks at the threshold itself, the first ones, as many as are needed.
-    const float threshold = as_float(low);
-    int above = 0;
-    double sum = 0.;
-    for (int j = lane; j < n; j += 32)
-        if (mass[j] > threshold) {
-            above++;
-            sum += mass[j];
-        }
-    above = forced + warp_sum(above);
-    sum = forced_mass + warp_sum(sum);
-    int ties = max(0, at_least - above);
-    if (low == 0) ties = sum >= head.cdf ? ties : n;
-    else if (sum < head.cdf) ties = max(ties, static_cast<int>(ceil((head.cdf - sum) / threshold)));
-    int seen = 0;
-    for (int w = 0; w < a.mask_words; w++) {
-        const int j = 32 * w + lane;
-        const float m = j < n ? mass[j] : NO_MASS;
-        const u32 equal = __ballot_sync(FULL, m == threshold);
-        const int before = seen + __popc(equal & ((1u << lane) - 1));
-        seen += __popc(equal);
-        const bool keep = m > threshold || (m == threshold && before < ties) || m == APART_MASS ||
-                          m == FORCED_MASS;
-        const u32 word = __ballot_sync(FULL, keep);
-        if (lane == 0) words[w] = word;
-    }
 }
 
 /// Scores of 16 pooled keys from `k0` on against the 32 pooled queries in `q` (pitch floats apart):
@@ -399,8 +338,8 @@ choose(const __grid_constant__ Call a) {
             __syncwarp();
             // Where nothing can be told, every reachable block stays: it is written already.
             if (unknown[b] || sampled != sampled || (scored > 0 && total == 0.f)) continue;
-            choose_blocks(a, head, mass, kv_blocks, reachable, forced, forced_mass,
-                          mask_row(a, a.mask, sequence, head_index, q_block));
+            choose_blocks(mass, kv_blocks, count_of(head.top_k, reachable), head.cdf, forced, forced_mass,
+                          false, mask_row(a, a.mask, sequence, head_index, q_block), a.mask_words);
         }
     }
 }

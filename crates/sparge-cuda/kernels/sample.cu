@@ -77,7 +77,6 @@ __global__ void __launch_bounds__(SLAB_THREADS, 3) sample(const __grid_constant_
     const u8 *k = static_cast<const u8 *>(a.k) +
                   SIZE<T> * (s.batch * a.ks.batch + head / (a.heads / a.kv_heads) * a.ks.head +
                              (s.kv_start + slab_row()) * a.ks.token) + 16 * slab_chunk();
-    const i64 step = SIZE<T> * a.ks.token * SLAB_STEP;
     if (threadIdx.x < ROWS) places[threadIdx.x] = place_of(first + min(static_cast<int>(threadIdx.x), most - 1), count, s.q_len);
     __syncthreads();
     for (int i = 0; i < HALVES<T> * slabs; i++) {
@@ -86,30 +85,15 @@ __global__ void __launch_bounds__(SLAB_THREADS, 3) sample(const __grid_constant_
             return q + SIZE<T> * a.qs.token * places[row + slab_row() + SLAB_STEP * j] + byte + 16 * slab_chunk();
         });
     }
-    // What the ring is asked for next.
-    int next_block = block0, next_slab = 0, next_stage = 0;
-    const auto fetch = [&] {
-        if (next_block < block_end) {
-            const u8 *from = k + next_block * (BLOCK_KV / SLAB_STEP) * step + 128 * next_slab;
-            copy_slab(ring + next_stage * SLAB, s.kv_len - next_block * BLOCK_KV, width - 128 * next_slab,
-                      [&](int j) { return from + j * step; });
-            if (++next_slab == slabs) next_slab = 0, next_block++;
-            if (++next_stage == SLAB_STAGES) next_stage = 0;
-        }
-        copy_commit();
-    };
-    for (int i = 0; i < SLAB_STAGES - 1; i++) fetch();
+    Ring keys{ring, k, SIZE<T> * a.ks.token, width, s.kv_len, slabs, block0 * BLOCK_KV, block_end * BLOCK_KV};
+    keys.start();
 
-    int stage = 0;
     for (int block = block0; block < block_end; block++) {
         float c[HALVES<T>][8][4] = {};
 #pragma unroll 1
         for (int slab = 0; slab < slabs; slab++) {
-            copy_wait<SLAB_STAGES - 2>();
-            __syncthreads();  // the slab is there, and all are done with the one before
-            fetch();
-            multiply_slabs<T, 1>(c, {queries + slab * SLAB}, slabs * SLAB, ring + stage * SLAB);
-            if (++stage == SLAB_STAGES) stage = 0;
+            const u32 taken = keys.take();
+            multiply_slabs<T, 1>(c, {queries + slab * SLAB}, slabs * SLAB, taken);
         }
         const int key = block * BLOCK_KV, key_end = min(s.kv_len, key + BLOCK_KV);
         const bool plain =

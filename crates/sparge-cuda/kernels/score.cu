@@ -47,19 +47,8 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
             return q + (row + SLAB_STEP * j) * WIDTH + 128 * (i % SLABS);
         });
     }
-    // What the ring is asked for next.
-    int next = begin, next_slab = 0, next_stage = 0;
-    const auto fetch = [&] {
-        if (next < end) {
-            const u8 *from = k + static_cast<i64>(next) * WIDTH + 128 * next_slab;
-            copy_slab(ring + next_stage * SLAB, sub_end - next, 128,
-                      [&](int j) { return from + SLAB_STEP * j * WIDTH; });
-            if (++next_slab == SLABS) next_slab = 0, next += SLAB_ROWS;
-            if (++next_stage == SLAB_STAGES) next_stage = 0;
-        }
-        copy_commit();
-    };
-    for (int i = 0; i < SLAB_STAGES - 1; i++) fetch();
+    Ring keys{ring, k, WIDTH, WIDTH, sub_end, SLABS, begin, end};
+    keys.start();
 
     const int lane = threadIdx.x % 32, t = lane % 4;
     const int row0 = threadIdx.x / 32 * 16 + lane / 4;
@@ -67,19 +56,14 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
                                 a.kv_blocks;
     // Keys before this one are whole, scored and seen by every row: no masks.
     const int plain = min(visible_end(a, nearest.first), nearest.scored * BLOCK_KV);
-    int stage = 0;
     for (int k0 = begin; k0 < end; k0 += SLAB_ROWS) {
         float c[2][8][4] = {};
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++) {
-            copy_wait<SLAB_STAGES - 2>();
-            __syncthreads();  // the slab is there, and all are done with the one before
-            fetch();
-            const u32 keys = ring + stage * SLAB, high = queries + slab % PART * SLAB;
+            const u32 taken = keys.take(), high = queries + slab % PART * SLAB;
             constexpr int APART = SLABS * SLAB;
-            if (slab < PART) multiply_slabs<Bf16, 2>(c, {high + PART * SLAB, high}, APART, keys);
-            else multiply_slabs<Bf16, 1>(c, {high}, APART, keys);
-            if (++stage == SLAB_STAGES) stage = 0;
+            if (slab < PART) multiply_slabs<Bf16, 2>(c, {high + PART * SLAB, high}, APART, taken);
+            else multiply_slabs<Bf16, 1>(c, {high}, APART, taken);
         }
         const bool is_plain = (k0 + SLAB_ROWS) * SUB_K <= plain;
 #pragma unroll

@@ -1,9 +1,9 @@
 // Stage 1 of the fast path: the softmax of the pooled scores, and the choice of key blocks.
 //
-// A warp owns a query block. Its key blocks are chosen by a binary search for the smallest mass to
-// keep: the largest threshold whose blocks reach the mass and the count that were asked for. No sort.
+// A warp owns a query block.
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
+#include "sparge/choice.cuh"
 #include "sparge/row.cuh"
 #include "sparge/samples.cuh"
 
@@ -18,72 +18,6 @@ __device__ __forceinline__ bool has_bad(const uint4 &x) {  // any bf16 that is n
     for (int i = 0; i < 4; i++)
         bad |= (w[i] & 0x7f80u) == 0x7f80u || (w[i] & 0x7f800000u) == 0x7f800000u;
     return bad;
-}
-
-/// How many of `reachable` blocks a share of them is: the ceiling, where a product that is whole
-/// up to rounding counts as that number.
-__device__ __forceinline__ int count_of(float share, int reachable) {
-    if (!(share > 0.f)) return 1;
-    const double exact = static_cast<double>(share) * reachable, near = rint(exact);
-    const double count = fabs(exact - near) <= 1e-6 * reachable ? near : ceil(exact);
-    return max(1, min(reachable, static_cast<int>(count)));
-}
-
-// What stands in a mass's place.
-constexpr float UNKNOWN = -2.f;  // a mean is not finite: kept, apart from the budget
-constexpr float FORCED = -3.f;   // kept, counted in the budget
-
-/// Writes the mask words of one query block: the forced blocks (whose number and mass are given),
-/// then others in descending mass until all of them reach the budget.
-__device__ __forceinline__ void choose(const Args &a, const Row &row, const Budget &budget,
-                                       const float *mass, int forced, float forced_mass, bool all,
-                                       u32 *words) {
-    const int lane = threadIdx.x % 32, n = row.reachable;
-    const int at_least = count_of(budget.top_k, n);
-    const float cdf = budget.cdf;
-    // The largest threshold (as bits: masses are not negative) that keeps enough.
-    u32 low = 0, high = 0x40000000u;
-    while (!all && high - low > 1) {
-        const u32 middle = (low + high) / 2;
-        const float threshold = as_float(middle);
-        int count = 0;
-        float sum = 0.f;
-        for (int j = lane; j < n; j += 32)
-            if (mass[j] >= threshold) {
-                count++;
-                sum += mass[j];
-            }
-        const bool enough =
-            forced + static_cast<int>(__reduce_add_sync(FULL, count)) >= at_least &&
-            forced_mass + warp_sum(sum) >= cdf;
-        if (enough) low = middle; else high = middle;
-    }
-    // Of the blocks at the threshold itself, the first ones, as many as are needed.
-    const float threshold = as_float(low);
-    int above = 0;
-    float sum = 0.f;
-    for (int j = lane; j < n; j += 32)
-        if (mass[j] > threshold) {
-            above++;
-            sum += mass[j];
-        }
-    above = forced + __reduce_add_sync(FULL, above);
-    sum = forced_mass + warp_sum(sum);
-    int ties = max(0, at_least - above);
-    if (low == 0) ties = sum >= cdf ? ties : n;
-    else if (sum < cdf) ties = max(ties, static_cast<int>(ceilf((cdf - sum) / threshold)));
-    int seen = 0;
-    for (int w = 0; w < a.mask_words; w++) {
-        const int j = 32 * w + lane;
-        const float m = j < n ? mass[j] : -1.f;
-        const u32 equal = __ballot_sync(FULL, m == threshold);
-        const int before = seen + __popc(equal & ((1u << lane) - 1));
-        seen += __popc(equal);
-        const bool keep = j < n && (all || m > threshold || (m == threshold && before < ties) ||
-                                    m == UNKNOWN || m == FORCED);
-        const u32 word = __ballot_sync(FULL, keep);
-        if (lane == 0) words[w] = word;
-    }
 }
 
 /// Grid (groups of query blocks, one a warp; heads from `first_head` on, then batch entries). Dynamic
@@ -105,7 +39,7 @@ __global__ void __launch_bounds__(128, 8) select(const __grid_constant__ Args a)
     if (a.budget[head].top_k >= 1.f) {
         for (int j = lane; j < row.reachable; j += 32) mass[j] = 0.f;
         __syncwarp();
-        choose(a, row, a.budget[head], mass, 0, 0.f, true, words);
+        choose_blocks(mass, row.reachable, 0, 0.f, 0, 0.f, true, words, a.mask_words);
         return;
     }
 
@@ -157,7 +91,7 @@ __global__ void __launch_bounds__(128, 8) select(const __grid_constant__ Args a)
             is_known &= x == x;
             m += ex2(x - norm[r]) * weight[r];
         }
-        mass[j] = is_known ? m * by : UNKNOWN;
+        mass[j] = is_known ? m * by : APART_MASS;
         if (a.samples && is_known) sampled += shares[j];
     }
     sampled = warp_sum(sampled);
@@ -165,17 +99,18 @@ __global__ void __launch_bounds__(128, 8) select(const __grid_constant__ Args a)
     float forced_mass = 0.f;
     for (int j = lane; j < row.reachable; j += 32) {
         float m = mass[j];
-        if (sampled > 0.f && m != UNKNOWN) m = 0.5f * (m + shares[j] / sampled);
+        if (sampled > 0.f && m != APART_MASS) m = 0.5f * (m + shares[j] / sampled);
         const bool is_forced = row.forced(a, j);
         forced += is_forced;
-        if (is_forced && m != UNKNOWN) forced_mass += m;
-        mass[j] = is_forced ? FORCED : m;
+        if (is_forced && m != APART_MASS) forced_mass += m;
+        mass[j] = is_forced ? FORCED_MASS : m;
     }
     forced = __reduce_add_sync(FULL, forced);
     forced_mass = warp_sum(forced_mass);
     __syncwarp();
-    choose(a, row, a.budget[head], mass, forced, forced_mass,
-           bad || sampled != sampled || (row.scored > 0 && total == 0.f), words);
+    const Budget &budget = a.budget[head];
+    choose_blocks(mass, row.reachable, count_of(budget.top_k, row.reachable), budget.cdf, forced, forced_mass,
+                  bad || sampled != sampled || (row.scored > 0 && total == 0.f), words, a.mask_words);
 }
 
 }  // namespace sparge

@@ -209,12 +209,13 @@ macro_rules! source {
 }
 
 /// What the sources include.
-pub(crate) const HEADERS: [Source; 12] = [
+pub(crate) const HEADERS: [Source; 13] = [
     source!("sparge/types.cuh"),
     source!("sparge/tiles.cuh"),
     source!("sparge/call.cuh"),
     source!("sparge/rows.cuh"),
     source!("sparge/walk.cuh"),
+    source!("sparge/choice.cuh"),
     source!("sparge/samples.cuh"),
     source!("sparge/slabs.cuh"),
     source!("sparge/row.cuh"),

@@ -28,6 +28,42 @@ __device__ __forceinline__ void copy_slab(u32 to, int rows, int bytes, const Fro
     }
 }
 
+/// Rows of keys on their way through a ring of slabs, 64 rows at a time, each row in `slabs` slabs. All
+/// threads call what it has.
+struct Ring {
+    u32 ring;          // in shared memory
+    const u8 *from;    // the thread's chunk of row 0: `slab_row`, `slab_chunk`
+    i64 pitch;         // bytes from one row to the next
+    int width, rows;   // bytes of a row and rows that exist; zeros stand for what does not
+    int slabs;
+    int next, end;     // rows that are asked for next, a multiple of 64; where that ends
+    int next_slab = 0, next_stage = 0, stage = 0;
+
+    /// Asks for the first slabs.
+    __device__ __forceinline__ void start() {
+        for (int i = 0; i < SLAB_STAGES - 1; i++) fetch();
+    }
+    /// Waits for the next slab and asks for another, in the place of the one before.
+    __device__ __forceinline__ u32 take() {
+        copy_wait<SLAB_STAGES - 2>();
+        __syncthreads();  // the slab is there, and all are done with the one before
+        fetch();
+        const u32 slab = ring + stage * SLAB;
+        if (++stage == SLAB_STAGES) stage = 0;
+        return slab;
+    }
+    __device__ __forceinline__ void fetch() {
+        if (next < end) {
+            const u8 *slab = from + next * pitch + 128 * next_slab;
+            copy_slab(ring + next_stage * SLAB, rows - next, width - 128 * next_slab,
+                      [&](int i) { return slab + i * (SLAB_STEP * pitch); });
+            if (++next_slab == slabs) next_slab = 0, next += SLAB_ROWS;
+            if (++next_stage == SLAB_STAGES) next_stage = 0;
+        }
+        copy_commit();
+    }
+};
+
 /// c += a·bᵀ over the 32 bytes of a row that the fragments hold; f32 in three tf32 products of both
 /// parts of each factor.
 template <class T>
