@@ -316,7 +316,9 @@ choose(const __grid_constant__ Call a) {
             if (a.samples) {
                 shares = samples_of(a, s, head_index) +
                          static_cast<i64>(q_block) * a.sampled_rows * kv_blocks;
-                sum_shares(shares, shares, a.sampled_rows, kv_blocks, kv_blocks);
+                // Summed in the place of the first.
+                for (int i = 0; i < a.sampled_rows; i++)
+                    add_share(shares, shares + static_cast<i64>(i) * kv_blocks, kv_blocks, i == 0);
             }
             float sampled = 0.f;
             for (int j = lane; shares && j < kv_blocks; j += 32)

@@ -1,4 +1,5 @@
-// The fast path's pooled scores: of every pooled query, the log-sum-exp of each key block.
+// The fast path's pooled scores: of every pooled query, the log-sum-exp of each key block, and what
+// `select` needs to know of a row before it reads it: a number near its maximum and a sum of exponentials.
 //
 // Products are of bf16 with both parts of each factor (q·k = hi·hi + lo·hi + hi·lo, 16 bits of
 // mantissa). A thread block has 128 pooled queries of a head and a chunk of its pooled keys, which come
@@ -12,7 +13,7 @@ namespace sparge {
 
 constexpr float MINUS_INFINITY = -1.f / 0.f;
 
-/// Grid (groups of 128 pooled queries, then chunks of `score_chunk` times 64 pooled keys; heads from
+/// Grid (groups of 128 pooled queries, then chunks of `score_chunk` key blocks; heads from
 /// `first_head` on, then batch entries). SUBS_Q, SUBS_K: pooled rows per query block and per key block.
 /// Dynamic shared memory: the queries' slabs, then the ring.
 template <int D, int SUBS_Q, int SUBS_K>
@@ -31,9 +32,9 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
     const int first = (groups - 1 - static_cast<int>(blockIdx.x) % groups) * ROWS;
     const Row nearest(a, first / SUBS_Q);
     const Row furthest(a, min(a.q_blocks, ceil_div(first + ROWS, SUBS_Q)) - 1);
-    const int begin = static_cast<int>(blockIdx.x) / groups * a.score_chunk * SLAB_ROWS;
+    const int chunk = static_cast<int>(blockIdx.x) / groups, begin = chunk * a.score_chunk * SUBS_K;
     const int sub_end = min(furthest.scored * SUBS_K, ceil_div(a.kv_len, SUB_K));
-    const int end = min(sub_end, begin + a.score_chunk * SLAB_ROWS);
+    const int end = min(sub_end, begin + a.score_chunk * SUBS_K);
     if (begin >= end || a.budget[head].top_k >= 1.f) return;
 
     const u32 queries = smem(tiles), ring = queries + 2 * SLABS * SLAB;
@@ -52,8 +53,17 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
 
     const int lane = threadIdx.x % 32, t = lane % 4;
     const int row0 = threadIdx.x / 32 * 16 + lane / 4;
-    float *out = a.scores + ((static_cast<i64>(head - a.first_head) * a.batch + batch) * subs + first + row0) *
-                                a.kv_blocks;
+    const i64 out_row = (static_cast<i64>(head - a.first_head) * a.batch + batch) * subs + first + row0;
+    float *out = a.scores + out_row * a.kv_blocks;
+    // The first of a tile's key blocks that a lane writes: 2 · (lane % 4), or of the two that two lanes share
+    // in each of 16 pooled keys the even lane's, the odd lane's.
+    const bool is_odd = t % 2 == 1;
+    const int column = SUBS_K == 1 ? 2 * t : 2 * is_odd + t / 2;
+    // Of the key blocks that a lane writes, per row: a number that is not below the scores, and the sum of
+    // 2^(score - it). What is not a number counts as nothing.
+    float tops[4], sums[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) tops[e] = LOWEST, sums[e] = 0.f;
     // Keys before this one are whole, scored and seen by every row: no masks.
     const int plain = min(visible_end(a, nearest.first), nearest.scored * BLOCK_KV);
     for (int k0 = begin; k0 < end; k0 += SLAB_ROWS) {
@@ -72,7 +82,8 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
             if (!is_plain) {
                 const int last =
                     min(a.qo_len, q_sub / SUBS_Q * BLOCK_Q + (q_sub % SUBS_Q + 1) * SUB_Q) - 1;
-                const int seen = visible_end(a, last);
+                // Only blocks that `select` scores may count in the sums.
+                const int seen = min(visible_end(a, last), Row(a, q_sub / SUBS_Q).scored * BLOCK_KV);
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
                     float &x = c[e / 2][i / 2][2 * r + i % 2];
@@ -82,25 +93,51 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
                     else if (count < SUB_K) x += lg2(static_cast<float>(count) / SUB_K);
                 }
             }
+            float top = tops[e];
 #pragma unroll
-            for (int n = 0; n < 8; n++) {
-                const float x[2] = {c[e / 2][n][2 * r], c[e / 2][n][2 * r + 1]};
-                const int sub = k0 + 8 * n + 2 * t;
-                float *to = out + static_cast<i64>(row) * a.kv_blocks + sub / SUBS_K;
-                if (SUBS_K == 1) {
+            for (int i = 0; i < 16; i++) top = fmaxf(top, c[e / 2][i / 2][2 * r + i % 2]);
+            // Two lanes share a block.
+            if (SUBS_K > 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
+            top = fminf(top, HIGHEST);
+            sums[e] *= ex2(tops[e] - top);
+            tops[e] = top;
+            // Where its blocks are, and how far from there the tile goes.
+            const int at = k0 + SUBS_K * column;
+            const int left = q_sub < subs ? sub_end - at : 0;
+            float *to = out + static_cast<i64>(row) * a.kv_blocks + at / SUBS_K;
 #pragma unroll
-                    for (int j = 0; j < 2; j++)
-                        if (q_sub < subs && sub + j < sub_end) to[j] = x[j];
-                    continue;
+            for (int n = 0; n < 8; n += 2) {
+                float p[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float x = c[e / 2][n + i / 2][2 * r + i % 2];
+                    p[i] = ex2(x - top);
+                    if (SUBS_K > 1) continue;
+                    const int past = 8 * (n + i / 2) + i % 2;
+                    sums[e] += fmaxf(p[i], 0.f);
+                    if (past < left) to[past] = x;
                 }
-                float top = fmaxf(x[0], x[1]);
-                top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
-                const float base = top == MINUS_INFINITY ? 0.f : top;
-                float sum = ex2(x[0] - base) + ex2(x[1] - base);
-                sum += __shfl_xor_sync(FULL, sum, 1);
-                if (q_sub < subs && t % 2 == 0 && sub < sub_end) *to = base + lg2(sum);
+                if (SUBS_K == 1) continue;
+                const float part[2] = {p[0] + p[1], p[2] + p[3]};
+                const float sum = (is_odd ? part[1] : part[0]) +
+                                  __shfl_xor_sync(FULL, is_odd ? part[0] : part[1], 1);
+                sums[e] += fmaxf(sum, 0.f);
+                const float lse = top + lg2(sum);
+                if (8 * n < left) to[2 * n] = lse;
             }
         }
+    }
+
+    const int chunks = ceil_div(a.kv_blocks, a.score_chunk);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int row = e / 2 * SLAB_ROWS + 8 * (e % 2);
+        float top = fmaxf(tops[e], __shfl_xor_sync(FULL, tops[e], 1));
+        top = fmaxf(top, __shfl_xor_sync(FULL, top, 2));
+        float sum = sums[e] * ex2(tops[e] - top);
+        sum += __shfl_xor_sync(FULL, sum, 1);
+        sum += __shfl_xor_sync(FULL, sum, 2);
+        if (t == 0 && first + row0 + row < subs) a.sums[(out_row + row) * chunks + chunk] = float2{top, sum};
     }
 }
 

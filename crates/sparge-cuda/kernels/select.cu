@@ -1,6 +1,7 @@
 // Stage 1 of the fast path: the softmax of the pooled scores, and the choice of key blocks.
 //
-// A warp owns a query block.
+// A warp owns a query block. `score` left what a row's normaliser is made of, so that scores, which no cache
+// holds any more, are read once.
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
 #include "sparge/choice.cuh"
@@ -8,8 +9,6 @@
 #include "sparge/samples.cuh"
 
 namespace sparge {
-
-constexpr float MINUS_INFINITY = -1.f / 0.f;
 
 __device__ __forceinline__ bool has_bad(const uint4 &x) {  // any bf16 that is not finite
     bool bad = false;
@@ -43,41 +42,49 @@ __global__ void __launch_bounds__(128, 8) select(const __grid_constant__ Args a)
         return;
     }
 
-    // A pooled query that is not finite says nothing; no more does its block.
+    // A pooled query that is not finite says nothing; no more does its block. Its high part tells.
     const int last_row = min(BLOCK_Q, a.qo_len - q_block * BLOCK_Q), rows = ceil_div(last_row, SUB_Q);
     const u16 *pooled = a.q_pool + (static_cast<i64>(pair) * a.q_blocks + q_block) * SUBS_Q * 2 * D;
     bool bad = false;
-    for (int i = 8 * lane; i < rows * 2 * D; i += 8 * 32) bad |= has_bad(load16(pooled + i));
-    bad = __any_sync(FULL, bad);
+    for (int i = lane; i < rows * (D / 8); i += 32)
+        bad |= has_bad(load16(pooled + i / (D / 8) * 2 * D + i % (D / 8) * 8));
 
-    // Each pooled query's normaliser and its number of rows.
-    const float *scores = a.scores + in_pass * SUBS_Q * a.kv_blocks;
-    float top[SUBS_Q], sum[SUBS_Q];
-#pragma unroll
-    for (int r = 0; r < SUBS_Q; r++) top[r] = MINUS_INFINITY, sum[r] = 0.f;
-#pragma unroll 2
-    for (int j = lane; j < row.scored; j += 32)
-#pragma unroll
-        for (int r = 0; r < SUBS_Q; r++) {
-            const float x = r < rows ? scores[r * a.kv_blocks + j] : MINUS_INFINITY;
-            const float higher = fmaxf(top[r], x), base = higher == MINUS_INFINITY ? 0.f : higher;
-            if (x == x) sum[r] = sum[r] * ex2(top[r] - base) + ex2(x - base);
-            top[r] = higher;
+    // Each pooled query's normaliser and its number of rows: a few lanes have a query.
+    constexpr int LANES = 32 / SUBS_Q;
+    const int own = lane / LANES, chunks = ceil_div(a.kv_blocks, a.score_chunk);
+    const float2 *parts = a.sums + (in_pass * SUBS_Q + own) * chunks;
+    float top = LOWEST, sum = 0.f;
+    if (own < rows)
+        for (int i = lane % LANES; i < ceil_div(row.scored, a.score_chunk); i += LANES) {
+            const float2 part = parts[i];
+            const float higher = fmaxf(top, part.x);
+            sum = sum * ex2(top - higher) + part.y * ex2(part.x - higher);
+            top = higher;
         }
+    float highest = top;
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) highest = fmaxf(highest, __shfl_xor_sync(FULL, highest, step));
+    sum *= ex2(top - highest);
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(FULL, sum, step);
+    const float own_norm = sum > 0.f ? highest + lg2(sum) : 0.f;
+    const float own_weight = sum > 0.f ? static_cast<float>(min(SUB_Q, last_row - own * SUB_Q)) : 0.f;
+    bad = __any_sync(FULL, bad || !(fabsf(own_norm) < 1e30f));
     float total = 0.f, norm[SUBS_Q], weight[SUBS_Q];
 #pragma unroll
     for (int r = 0; r < SUBS_Q; r++) {
-        const float highest = warp_max(top[r]), base = highest == MINUS_INFINITY ? 0.f : highest;
-        const float all = warp_sum(sum[r] * ex2(top[r] - base));
-        norm[r] = base + (all > 0.f ? lg2(all) : 0.f);
-        weight[r] = all > 0.f && r < rows ? static_cast<float>(min(SUB_Q, last_row - r * SUB_Q)) : 0.f;
-        bad |= r < rows && !(fabsf(norm[r]) < 1e30f);
+        norm[r] = __shfl_sync(FULL, own_norm, r * LANES);
+        weight[r] = __shfl_sync(FULL, own_weight, r * LANES);
         total += weight[r];
     }
-    if (a.samples)
-        sum_shares(shares, a.samples + in_pass * a.sampled_rows * a.kv_blocks, a.sampled_rows,
-                   a.kv_blocks, row.reachable);
+    for (int i = 0; a.samples && i < a.sampled_rows; i++) {
+        // Masses are not there yet: their place keeps what would be read three times.
+        const float *in = a.samples + (in_pass * a.sampled_rows + i) * a.kv_blocks;
+        load_row(mass, in, row.reachable);
+        add_share(shares, mass, row.reachable, i == 0);
+    }
 
+    const float *scores = a.scores + in_pass * SUBS_Q * a.kv_blocks;
     const float by = total > 0.f ? 1.f / total : 0.f;
     float sampled = 0.f;
 #pragma unroll 2

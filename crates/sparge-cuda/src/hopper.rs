@@ -118,7 +118,8 @@ impl Hopper {
             // Thread blocks enough to fill the GPU twice.
             let [q, kv] = score_tiles(&args, pool);
             let all = shape.batch * shape.num_qo_heads * q * kv;
-            args.score_chunk = (all / (6 * device.multiprocessors())).clamp(2, 64) as i32;
+            let tiles = (all / (6 * device.multiprocessors())).clamp(2, 64);
+            args.score_chunk = (tiles * SLAB_ROWS / pool.subs().1) as i32;
             let score = KernelSpec::Score { dim, pool };
             Some(Select {
                 score_shared: score.most_shared_bytes(),
@@ -150,16 +151,29 @@ impl Hopper {
         self.kernels.select.is_some()
     }
 
-    /// Scores that the selection of one head keeps.
+    /// What the selection of one head keeps, in f32 numbers: its scores and their sums.
     pub(crate) fn head_scores(&self) -> usize {
-        let (q_subs, _) = self.pool.subs();
-        self.shape.batch * self.args.q_blocks as usize * q_subs * self.args.kv_blocks as usize
+        self.pooled_rows() * (self.args.kv_blocks as usize + 2 * self.score_chunks())
+    }
+
+    /// Bytes of the sums of so many heads; their scores come behind them.
+    pub(crate) fn sums_bytes(&self, heads: usize) -> usize {
+        8 * heads * self.pooled_rows() * self.score_chunks()
+    }
+
+    /// Pooled queries of a head of all batch entries.
+    fn pooled_rows(&self) -> usize {
+        self.shape.batch * self.args.q_blocks as usize * self.pool.subs().0
+    }
+
+    /// Chunks of a head's keys that `score` sums up.
+    fn score_chunks(&self) -> usize {
+        (self.args.kv_blocks as usize).div_ceil(self.args.score_chunk.max(1) as usize)
     }
 
     /// Thread blocks of `score` for one head of one batch entry.
     pub(crate) fn score_blocks(&self) -> usize {
-        let [q, kv] = score_tiles(&self.args, self.pool);
-        q * kv.div_ceil(self.args.score_chunk as usize)
+        score_tiles(&self.args, self.pool)[0] * self.score_chunks()
     }
 }
 

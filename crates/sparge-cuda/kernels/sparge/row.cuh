@@ -4,6 +4,10 @@
 
 namespace sparge {
 
+// What sums of exponentials are relative to lies between these, so that differences of two are never NaN. A
+// score above the highest leaves its row no finite sum.
+constexpr float LOWEST = -3e38f, HIGHEST = 3e38f;
+
 /// A query block's view of the key blocks.
 struct Row {
     int first, last;    // query rows: first, last

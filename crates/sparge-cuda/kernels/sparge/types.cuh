@@ -56,6 +56,8 @@ struct Args {
     float *samples;       // [heads of a pass, batch, q_blocks, sampled_rows, kv_blocks]: log-sum-exp of
                           // sampled queries' scores; null: none are sampled
     float *scores;        // [heads of a pass, batch, q_subs, kv_blocks]: the same of pooled queries
+    float2 *sums;         // [heads of a pass, batch, q_subs, chunks of `score`]: a number x and the sum of
+                          // 2^(score - x) over a chunk's scored key blocks
     i32 batch, heads, kv_heads;
     i32 qo_len, kv_len;
     i32 q_blocks, kv_blocks, mask_words;
@@ -66,11 +68,11 @@ struct Args {
     float scale_log2;     // softmax scale times log2(e)
     i32 sampled_rows;     // of a query block
     i32 first_head;       // of those that are selected for together
-    i32 score_chunk;      // of a thread block of `score`: 64 pooled keys each
+    i32 score_chunk;      // key blocks of a thread block of `score`, of whole tiles of 64 pooled keys
     Budget budget[MAX_HEADS];
 };
 // src/launch/mod.rs asserts the same size; it orders its fields the same way.
-static_assert(sizeof(Args) == 1352, "Args");
+static_assert(sizeof(Args) == 1360, "Args");
 
 __device__ __forceinline__ int min(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int max(int a, int b) { return a > b ? a : b; }

@@ -19,7 +19,7 @@ pub(crate) struct Pass {
     pub(crate) mask: u64,
     /// What `sample` left of these heads; 0: nothing.
     pub(crate) samples: u64,
-    /// Room for their scores.
+    /// Room for their scores and sums (`Hopper::head_scores`).
     pub(crate) scores: u64,
 }
 
@@ -80,7 +80,8 @@ impl Hopper {
     pub(crate) unsafe fn predict(&self, stream: Stream, pass: Pass, workspace: u64) -> Result<()> {
         let Some(select) = &self.kernels.select else { return Ok(()) };
         let mut args = self.arguments(workspace);
-        (args.mask, args.samples, args.scores) = (pass.mask, pass.samples, pass.scores);
+        (args.mask, args.samples, args.sums) = (pass.mask, pass.samples, pass.scores);
+        args.scores = pass.scores + self.sums_bytes(pass.heads.len()) as u64;
         args.first_head = pass.heads.start as i32;
         let pairs = (self.shape.batch * pass.heads.len()) as u32;
         let groups = (args.q_blocks as usize).div_ceil(select.warps) as u32;

@@ -63,6 +63,7 @@ pub(crate) struct Args {
     pub(crate) counters: u64,
     pub(crate) samples: u64,
     pub(crate) scores: u64,
+    pub(crate) sums: u64,
     pub(crate) batch: i32,
     pub(crate) heads: i32,
     pub(crate) kv_heads: i32,
@@ -85,10 +86,10 @@ pub(crate) struct Args {
 }
 
 // The size is asserted in types.cuh too.
-const _: () = assert!(size_of::<Args>() == 1352);
+const _: () = assert!(size_of::<Args>() == 1360);
 const _: () = assert!(offset_of!(Args, q8) == 136);
-const _: () = assert!(offset_of!(Args, batch) == 256);
-const _: () = assert!(offset_of!(Args, budget) == 328);
+const _: () = assert!(offset_of!(Args, batch) == 264);
+const _: () = assert!(offset_of!(Args, budget) == 336);
 
 impl Default for Args {
     fn default() -> Self {
@@ -117,6 +118,7 @@ impl Default for Args {
             counters: 0,
             samples: 0,
             scores: 0,
+            sums: 0,
             batch: 0,
             heads: 0,
             kv_heads: 0,
