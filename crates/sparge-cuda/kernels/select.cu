@@ -24,6 +24,7 @@ __device__ __forceinline__ bool has_bad(const uint4 &x) {  // any bf16 that is n
 template <int D, int SUBS_Q>
 __global__ void __launch_bounds__(128, 8) select(const __grid_constant__ Args a) {
     constexpr int SUB_Q = BLOCK_Q / SUBS_Q;
+    constexpr int AT_ONCE = 8 / SUBS_Q;  // key blocks of a lane whose scores are loaded together
     extern __shared__ float masses[];
     wait_for_predecessor();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -87,26 +88,37 @@ __global__ void __launch_bounds__(128, 8) select(const __grid_constant__ Args a)
     const float *scores = a.scores + in_pass * SUBS_Q * a.kv_blocks;
     const float by = total > 0.f ? 1.f / total : 0.f;
     float sampled = 0.f;
-#pragma unroll 2
-    for (int j = lane; j < row.reachable; j += 32) {
-        float m = 0.f;
-        bool is_known = j < row.scored;
+    const int last_scored = max(row.scored, 1) - 1;
+    for (int j0 = lane; j0 < row.reachable; j0 += 32 * AT_ONCE) {
+        // All loads before the first use, and unconditional: else they wait for each other.
+        float x[AT_ONCE][SUBS_Q];
 #pragma unroll
-        for (int r = 0; r < SUBS_Q; r++) {
-            if (j >= row.scored || weight[r] == 0.f) continue;
-            const float x = scores[r * a.kv_blocks + j];
-            is_known &= x == x;
-            m += ex2(x - norm[r]) * weight[r];
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int r = 0; r < SUBS_Q; r++) x[i][r] = scores[r * a.kv_blocks + min(j0 + 32 * i, last_scored)];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int j = j0 + 32 * i;
+            float m = 0.f;
+            bool is_known = j < row.scored;
+#pragma unroll
+            for (int r = 0; r < SUBS_Q; r++) {
+                const bool counts = weight[r] > 0.f;
+                is_known &= x[i][r] == x[i][r] || !counts;
+                m += counts ? ex2(x[i][r] - norm[r]) * weight[r] : 0.f;
+            }
+            if (j >= row.reachable) continue;
+            mass[j] = is_known ? m * by : APART_MASS;
+            if (a.samples && is_known) sampled += shares[j];
         }
-        mass[j] = is_known ? m * by : APART_MASS;
-        if (a.samples && is_known) sampled += shares[j];
     }
     sampled = warp_sum(sampled);
+    const float by_sampled = sampled > 0.f ? 1.f / sampled : 0.f;
     int forced = 0;
     float forced_mass = 0.f;
     for (int j = lane; j < row.reachable; j += 32) {
         float m = mass[j];
-        if (sampled > 0.f && m != APART_MASS) m = 0.5f * (m + shares[j] / sampled);
+        if (sampled > 0.f && m != APART_MASS) m = 0.5f * (m + shares[j] * by_sampled);
         const bool is_forced = row.forced(a, j);
         forced += is_forced;
         if (is_forced && m != APART_MASS) forced_mass += m;
