@@ -76,23 +76,27 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
             else multiply_slabs<Bf16, 1>(c, {high}, APART, taken);
         }
         const bool is_plain = (k0 + SLAB_ROWS) * SUB_K <= plain;
+        // Before all else, so that what follows is one stretch of code for all rows.
+        if (!is_plain) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int r = e % 2, row = e / 2 * SLAB_ROWS + 8 * r, q_sub = first + row0 + row;
-            if (!is_plain) {
-                const int last =
-                    min(a.qo_len, q_sub / SUBS_Q * BLOCK_Q + (q_sub % SUBS_Q + 1) * SUB_Q) - 1;
+            for (int e = 0; e < 4; e++) {
+                const int q_sub = first + row0 + e / 2 * SLAB_ROWS + 8 * (e % 2);
+                const int last = min(a.qo_len, q_sub / SUBS_Q * BLOCK_Q + (q_sub % SUBS_Q + 1) * SUB_Q) - 1;
                 // Only blocks that `select` scores may count in the sums.
                 const int seen = min(visible_end(a, last), Row(a, q_sub / SUBS_Q).scored * BLOCK_KV);
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
-                    float &x = c[e / 2][i / 2][2 * r + i % 2];
+                    float &x = c[e / 2][i / 2][2 * (e % 2) + i % 2];
                     const int key = (k0 + 8 * (i / 2) + 2 * t + i % 2) * SUB_K;
                     const int count = min(SUB_K, a.kv_len - key);
                     if (count <= 0 || key >= seen) x = MINUS_INFINITY;
                     else if (count < SUB_K) x += lg2(static_cast<float>(count) / SUB_K);
                 }
             }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int r = e % 2, row = e / 2 * SLAB_ROWS + 8 * r;
             float top = tops[e];
 #pragma unroll
             for (int i = 0; i < 16; i++) top = fmaxf(top, c[e / 2][i / 2][2 * r + i % 2]);
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
             tops[e] = top;
             // Where its blocks are, and how far from there the tile goes.
             const int at = k0 + SUBS_K * column;
-            const int left = q_sub < subs ? sub_end - at : 0;
+            const int left = first + row0 + row < subs ? sub_end - at : 0;
             float *to = out + static_cast<i64>(row) * a.kv_blocks + at / SUBS_K;
 #pragma unroll
             for (int n = 0; n < 8; n += 2) {
