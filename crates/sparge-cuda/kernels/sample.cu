@@ -26,6 +26,20 @@ __device__ __forceinline__ int place_of(int at, int count, int q_len) {
     return start + (2 * (at % count) + 1) * rows / (2 * count);
 }
 
+/// Sums over each four lanes: lane t gets that of parts[t % N].
+template <int N> __device__ __forceinline__ float sum_of_four(const float (&parts)[N]) {
+    static_assert(N == 2 || N == 4, "a lane's rows");
+    const bool is_odd = threadIdx.x % 2 == 1, is_upper = threadIdx.x / 2 % 2 == 1;
+    float pairs[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++)
+        pairs[i] = (is_odd ? parts[2 * i + 1] : parts[2 * i]) +
+                   __shfl_xor_sync(FULL, is_odd ? parts[2 * i] : parts[2 * i + 1], 1);
+    if (N == 2) return pairs[0] + __shfl_xor_sync(FULL, pairs[0], 2);
+    return (is_upper ? pairs[N / 2 - 1] : pairs[0]) +
+           __shfl_xor_sync(FULL, is_upper ? pairs[0] : pairs[N / 2 - 1], 2);
+}
+
 /// Grid: x: groups of 64 · HALVES samples, then heads from `first_head` on, then sequences, then chunks of
 /// `sample_chunk` key blocks. Dynamic shared memory: the queries' slabs, then the ring.
 template <class T, bool HAS_MASK>
@@ -55,18 +69,18 @@ __global__ void __launch_bounds__(SLAB_THREADS, 3) sample(const __grid_constant_
     const int to = min(s.q_len, (min(samples, first + ROWS) - 1) / count * BLOCK_Q + BLOCK_Q);
     float *lse = samples_of(a, s, head) + static_cast<i64>(first) * kv_blocks;
     const int most = min(ROWS, samples - first);
-    // A lane's rows.
+    // Four lanes have the products of a few rows; one row each (of two, the first two lanes) is theirs to write.
+    constexpr int LANE_ROWS = 2 * HALVES<T>;
     const auto row_of = [&](int e) { return e / 2 * SLAB_ROWS + warp * 16 + g + e % 2 * 8; };
-    const auto write = [&](int e, int block, float x) {
-        if (t == 0 && row_of(e) < most) lse[static_cast<i64>(row_of(e)) * kv_blocks + block] = x;
-    };
+    const bool writes = t < LANE_ROWS && row_of(t % LANE_ROWS) < most;
+    float *own = lse + static_cast<i64>(row_of(t % LANE_ROWS)) * kv_blocks;
     const auto coverage = [&](int key, int key_end) {
         const bool crosses = key < view.sink && view.sink < key_end;
         return crosses ? PARTIAL_TILE : view.tile(from, to, key, key_end);
     };
     if (coverage(block0 * BLOCK_KV, min(s.kv_len, block_end * BLOCK_KV)) == EMPTY_TILE) {
         for (int j = block0; j < block_end; j++)
-            for (int e = 0; e < 2 * HALVES<T>; e++) write(e, j, MINUS_INFINITY);
+            if (writes) own[j] = MINUS_INFINITY;
         return;
     }
 
@@ -77,7 +91,8 @@ __global__ void __launch_bounds__(SLAB_THREADS, 3) sample(const __grid_constant_
     const u8 *k = static_cast<const u8 *>(a.k) +
                   SIZE<T> * (s.batch * a.ks.batch + head / (a.heads / a.kv_heads) * a.ks.head +
                              (s.kv_start + slab_row()) * a.ks.token) + 16 * slab_chunk();
-    if (threadIdx.x < ROWS) places[threadIdx.x] = place_of(first + min(static_cast<int>(threadIdx.x), most - 1), count, s.q_len);
+    if (threadIdx.x < ROWS)
+        places[threadIdx.x] = place_of(first + min(static_cast<int>(threadIdx.x), most - 1), count, s.q_len);
     __syncthreads();
     for (int i = 0; i < HALVES<T> * slabs; i++) {
         const int row = i / slabs * SLAB_ROWS, byte = 128 * (i % slabs);
@@ -88,6 +103,12 @@ __global__ void __launch_bounds__(SLAB_THREADS, 3) sample(const __grid_constant_
     Ring keys{ring, k, SIZE<T> * a.ks.token, width, s.kv_len, slabs, block0 * BLOCK_KV, block_end * BLOCK_KV};
     keys.start();
 
+    // What a row's exponentials are relative to: the largest score of a block before, as long as the sums that
+    // gives stay within 2^±16. Then no block needs its own, nor waits for all of its products to know it. A row's
+    // numbers depend on no other row.
+    float base[LANE_ROWS], own_base = as_float(0x7fc00000u);  // NaN: none yet
+#pragma unroll
+    for (int e = 0; e < LANE_ROWS; e++) base[e] = own_base;
     for (int block = block0; block < block_end; block++) {
         float c[HALVES<T>][8][4] = {};
 #pragma unroll 1
@@ -98,46 +119,68 @@ __global__ void __launch_bounds__(SLAB_THREADS, 3) sample(const __grid_constant_
         const int key = block * BLOCK_KV, key_end = min(s.kv_len, key + BLOCK_KV);
         const bool plain =
             !HAS_MASK && key_end - key == BLOCK_KV && a.scale_log2 > 0.f && coverage(key, key_end) == FULL_TILE;
+        float scale = a.scale_log2;
+        bool sees = true;  // whether the lane's own row may see any of it
+        if (!plain) {
+            scale = 1.f;
+            const int own_place = places[row_of(t % LANE_ROWS)];
+            sees = key < view.hi(own_place) && (key_end > view.lo(own_place) || key < view.sink);
+            const ElementMask mask(a, sequence, a.element_heads == 1 ? 0 : head);
 #pragma unroll
-        for (int e = 0; e < 2 * HALVES<T>; e++) {
-            float x[16], scale = a.scale_log2;
-#pragma unroll
-            for (int i = 0; i < 16; i++) x[i] = c[e / 2][i / 2][e % 2 * 2 + i % 2];
-            if (!plain) {
-                scale = 1.f;
-                const int place = places[row_of(e)];
-                const ElementMask mask(a, sequence, a.element_heads == 1 ? 0 : head);
-                const int lo = view.lo(place), hi = view.hi(place);
+            for (int e = 0; e < LANE_ROWS; e++) {
+                const int place = places[row_of(e)], lo = view.lo(place), hi = view.hi(place);
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
+                    float &x = c[e / 2][i / 2][e % 2 * 2 + i % 2];
                     const int at = key + 8 * (i / 2) + 2 * t + i % 2;
-                    x[i] *= a.scale_log2;
+                    x *= a.scale_log2;
                     bool seen = at < hi && (at >= lo || at < view.sink);
                     if (HAS_MASK && seen) {
                         float bias;
                         seen = mask.sees(place, at, bias);
-                        x[i] += bias_log2(bias);
+                        x += bias_log2(bias);
                         // One at a time: sixteen loads in flight take too many registers.
                         asm volatile("" ::: "memory");
                     }
-                    if (!seen) x[i] = MINUS_INFINITY;
+                    if (!seen) x = MINUS_INFINITY;
                 }
             }
-            float top = x[0];
-#pragma unroll
-            for (int i = 1; i < 16; i++) top = fmaxf(top, x[i]);
-            top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(FULL, top, 2));
-            top *= scale;
-            const float base = top == MINUS_INFINITY ? 0.f : top;
-            float sum = 0.f;
-#pragma unroll
-            for (int i = 0; i < 16; i++) sum += ex2(fmaf(x[i], scale, -base));
-            sum += __shfl_xor_sync(FULL, sum, 1);
-            sum += __shfl_xor_sync(FULL, sum, 2);
-            const bool none = top == MINUS_INFINITY && sum == 0.f;
-            write(e, block, none ? MINUS_INFINITY : top + lg2(sum));
         }
+        float parts[LANE_ROWS];
+#pragma unroll
+        for (int e = 0; e < LANE_ROWS; e++) {
+            parts[e] = 0.f;
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                parts[e] += ex2(fmaf(c[e / 2][i / 2][e % 2 * 2 + i % 2], scale, -base[e]));
+        }
+        const float sum = sum_of_four<LANE_ROWS>(parts);
+        const u32 fits = __ballot_sync(FULL, !sees || (sum > 1.f / 65536.f && sum < 65536.f));
+        float result = sees ? own_base + lg2(sum) : MINUS_INFINITY;
+        if (fits != FULL) {
+#pragma unroll
+            for (int e = 0; e < LANE_ROWS; e++) {
+                float top = c[e / 2][0][e % 2 * 2], exact = 0.f;
+#pragma unroll
+                for (int i = 1; i < 16; i++) top = fmaxf(top, c[e / 2][i / 2][e % 2 * 2 + i % 2]);
+                top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
+                top = fmaxf(top, __shfl_xor_sync(FULL, top, 2));
+                top *= scale;
+                const float from = top == MINUS_INFINITY ? 0.f : top;
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                    exact += ex2(fmaf(c[e / 2][i / 2][e % 2 * 2 + i % 2], scale, -from));
+                exact += __shfl_xor_sync(FULL, exact, 1);
+                exact += __shfl_xor_sync(FULL, exact, 2);
+                if (fits >> (lane - t + e) & 1) continue;
+                const bool is_number = fabsf(top) < 3e38f;
+                if (is_number) base[e] = top;
+                if (t % LANE_ROWS != e) continue;
+                if (is_number) own_base = top;
+                result = top == MINUS_INFINITY && exact == 0.f ? MINUS_INFINITY : top + lg2(exact);
+            }
+        }
+        if (writes) own[block] = result;
     }
 }
 

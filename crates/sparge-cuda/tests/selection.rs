@@ -203,6 +203,31 @@ fn the_fast_paths_selection_is_the_references() {
     report(&failures);
 }
 
+/// Log-sum-exps of neighbouring key blocks that lie far apart, in both directions: what sums are relative
+/// to has to change on the way.
+#[test]
+fn sampled_queries_whose_blocks_are_far_apart() {
+    let Some(gpu) = gpu() else { return };
+    let mut failures = Vec::new();
+    for path in [Path::General, Path::Auto] {
+        for causal in [None, Some(Alignment::BottomRight)] {
+            let mut p = Problem::new("far apart", [1, 2, 1, 1000, 3000, 64, 64], DType::F16);
+            p.name = format!("far apart, {path:?}, {causal:?}");
+            p.cuda = CudaOptions { path, ..CudaOptions::default() };
+            p.causal = causal;
+            for (i, x) in p.k.iter_mut().enumerate() {
+                if i / 64 / 64 % 3 == 1 {
+                    *x *= 8.0;
+                }
+            }
+            let pooling = Pooling { sampled_rows: 5, ..Pooling::SUB_BLOCK };
+            p.config = settings(Selection::TopCdf(0.5), pooling, 0.0);
+            run(&gpu, &p, 0.2, &mut failures);
+        }
+    }
+    report(&failures);
+}
+
 /// A sampled query that is not finite says nothing about its block: all of it stays, no other block's.
 #[test]
 fn samples_that_are_not_numbers_keep_their_block() {
