@@ -102,6 +102,8 @@ __device__ __forceinline__ void multiply_slabs(float (&c)[HALVES][8][4], const u
     const u32 a_at = Placed<128>::at(threadIdx.x / 32 * 16 + lane % 16, lane / 16);
     // Rows + 0, + 0, + 8, + 8; halves in turns.
     const u32 b_at = Placed<128>::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    // Slabs and eights of rows come on top of a step's place: they leave its low bits alone, and an instruction
+    // has room for a constant.
 #pragma unroll STEPS_AT_ONCE<T>
     for (int step = 0; step < 4; step++) {
         u32 x[HALVES][PARTS][4];
@@ -109,11 +111,11 @@ __device__ __forceinline__ void multiply_slabs(float (&c)[HALVES][8][4], const u
         for (int h = 0; h < HALVES; h++)
 #pragma unroll
             for (int p = 0; p < PARTS; p++)
-                load_matrices(x[h][p], Placed<128>::step(rows[p] + h * apart + a_at, step));
+                load_matrices(x[h][p], Placed<128>::step(rows[p] + a_at, step) + h * apart);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             u32 y[4];
-            load_matrices(y, Placed<128>::step(keys + 16 * 128 * n + b_at, step));
+            load_matrices(y, Placed<128>::step(keys + b_at, step) + 16 * 128 * n);
 #pragma unroll
             for (int p = 0; p < PARTS; p++)
 #pragma unroll
