@@ -43,9 +43,10 @@ class Config:
       (default; P·V in fp8 where the GPU has it) or ``"half"``, both products in 16 bits.
     * ``isa``: ``"scalar"``, ``"avx2"``, ``"avx512"``; default the best there is. CPU only.
     * ``policy``: ``"auto"``; ``"dense"``: exact, nothing is skipped; ``"paper"``: the paper's block
-      pooling and no stage 2 (the masks of the authors' code, their bugs aside); on the CPU also the
-      methods of `sparge::policy`, for comparison: ``"window:1024"``, ``"random:0.5"``,
-      ``"minference"``, ``"flexprefill:0.95"``, ``"xattention:0.9,stride=8"``, …
+      pooling and no stage 2 (the masks of the authors' code, their bugs aside); and the methods of
+      `sparge::policy`, for comparison: ``"window:1024"``, ``"random:0.5"``, ``"minference"``,
+      ``"flexprefill:0.95"``, ``"xattention:0.9,stride=8"``, … On CUDA tensors torch operations choose
+      their blocks, the CPU's but for near-ties (``"random"`` is drawn on the host, which waits).
 
     * ``min_kv_len``: calls with fewer keys run dense. Default: never, for knobs that are set.
 

@@ -2,7 +2,8 @@
 
 Nothing here waits for the device or copies from the host once a kind of call has been made, so calls
 can be captured in CUDA graphs (run each kind once before capturing: its kernels are compiled then).
-Two do wait: key lengths on a GPU, and a prediction that leaves nothing out (`_reachable`).
+Three do wait: key lengths on a GPU, a prediction that leaves nothing out, and `policy="random"`
+(`_policies.on_the_host`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from . import _sparge
 from ._config import parsed
 from ._mask import BLOCK_KV
 from ._ops_shapes import DTYPES, MAX_DIM, check_dtype, heads_and_lens, mask_shape, out_shape
+from ._policies import chosen, on_the_host
 from ._sparge import SpargeError
 
 Tensor = torch.Tensor
@@ -93,6 +95,11 @@ class _Call:
                 self._element(attn_mask, query, key, settings),
                 self._blocks(block_mask, kv_blocks),
             )
+        # What another method chooses, bool; None: the operator's own prediction.
+        self.chosen: Optional[Tensor] = None
+        if " policy=" in settings:
+            host = None if lens is None else torch.tensor(lens, device="cpu")
+            self.chosen = chosen(query, key, attn_mask, block_mask, host, settings)
         self.stream = torch._C._cuda_getCurrentRawStream(device.index)
         # Freed to the allocator right after the launch: what reuses it runs later on this stream.
         self.workspace = query.new_empty(self.kind.workspace_bytes, dtype=torch.uint8)
@@ -129,14 +136,17 @@ class _Call:
         return packed.data_ptr(), packed.shape, packed.stride()  # type: ignore[return-value]
 
     def run(self, out: Tensor, lse: int, stats: int, settings: str) -> None:
-        """Enqueues the operator, and what `keep_keys` and `keep_queries` ask for between its two stages."""
+        """Enqueues the operator, and between its two stages what `keep_keys`, `keep_queries` and other
+        methods' choices ask for."""
         at: Any = (out.data_ptr(), out.shape, out.stride())
         tensors = (self.stream, self.q, self.k, self.v)
         with _on(self.device):
-            if not (_keeps_more(settings) and self.kind.predicts):
+            if self.chosen is None and not (_keeps_more(settings) and self.kind.predicts):
                 self.kind.forward(*tensors, at, lse, stats, self.masks, self.workspace.data_ptr())
                 return
-            words = self.select()
+            words = self.select()  # predicts nothing where something is chosen, but quantises
+            if self.chosen is not None:
+                words = pack(self.chosen, words.shape[3])
             _keep_more(words, settings)
             self.kind.attend(
                 *tensors, at, lse, stats, self.masks, words.data_ptr(), self.workspace.data_ptr()
@@ -229,16 +239,13 @@ def _for_cuda(settings: str) -> tuple[str, str]:
     words = settings.split()
     if any(word.startswith("isa=") for word in words):
         raise SpargeError("isa is a setting of the CPU; leave it out on CUDA tensors")
-    if any(word.startswith("policy=") for word in words):
-        raise NotImplementedError(
-            "policies of other methods are not available on the GPU: choose blocks on the CPU "
-            "(sparge.predict) and pass them to sparge.block_sparse_attention"
-        )
     if "qk=f32" in words:
         raise NotImplementedError("qk='f32' is not available on the GPU: leave it out, or 'half'")
     exact = "select=all" in words and "pv_gap=inf" in words
     precision = "half" if exact or "qk=half" in words else "quantized"
     words = [word for word in words if not word.startswith("qk=")]
+    # What other methods choose is chosen before the call.
+    words = ["topk=1.0" if word.startswith("policy=") else word for word in words]
     return " ".join(words), precision
 
 
@@ -350,42 +357,16 @@ def predict(
 ) -> Tensor:
     """``sparge::predict`` on CUDA."""
     call = _Call(query, key, key, attn_mask, block_mask, kv_lens, settings)
-    shape = mask_shape(query, key, settings)
-    if not call.kind.predicts:
-        return _reachable(query, key, attn_mask, block_mask, kv_lens, settings)
-    found = call.select()
+    if call.chosen is not None:
+        if not _keeps_more(settings):
+            return call.chosen
+        found = pack(call.chosen, call.kind.mask_shape[3])
+    elif call.kind.predicts:
+        found = call.select()
+    else:
+        return on_the_host(query, key, attn_mask, block_mask, kv_lens, settings)
     _keep_more(found, settings)
-    return unpack(found, shape[3])
-
-
-def _reachable(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Optional[Tensor],
-    block_mask: Optional[Tensor],
-    kv_lens: Optional[Tensor],
-    settings: str,
-) -> Tensor:
-    """The blocks that the masks allow, which is the prediction where nothing is left out. Found on
-    the host, where the same rules are written down: copying them waits for the device."""
-    from ._ops import _extra
-
-    masks = [None if x is None else x.cpu() for x in (attn_mask, block_mask)]
-    if masks[0] is not None and masks[0].dtype != torch.bool:
-        masks[0] = masks[0].float()
-    held, extra = _extra(masks[0], masks[1], kv_lens)
-    found = torch.empty(mask_shape(query, key, settings), dtype=torch.bool)
-    # Nothing is predicted, so every row may be the same one.
-    row = torch.zeros(query.shape[3])
-    extra["mask_out"] = found.data_ptr()
-    about = ("layout=", "scale=", "causal=", "window=", "sink_blocks=")
-    words = [word for word in settings.split() if word.startswith(about)]
-    q, k = ((row.data_ptr(), x.shape, (0, 0, 0, 1)) for x in (query, key))
-    if found.numel():
-        text = " ".join([*words, "select=all"])
-        _sparge.predict(parsed(text), "f32", torch.get_num_threads(), q, k, extra)  # type: ignore[arg-type]
-    del held
-    return found.to(query.device)
+    return unpack(found, mask_shape(query, key, settings)[3])
 
 
 def quantize(key: Tensor, layout: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -142,9 +142,9 @@ impl Call<'_> {
         // One query block is one job: it runs here, without waking anybody.
         let is_tiny = rows <= BLOCK_Q && shape.kv_len < Selection::AUTO_MIN_LEN;
         let side = if is_tiny && self.settings.is_dense() {
-            self.run(&plan, &x, &options, out)
+            self.run(&plan, &x, out)
         } else {
-            pool(self.threads)?.install(|| self.run(&plan, &x, &options, out))
+            pool(self.threads)?.install(|| self.run(&plan, &x, out))
         };
         let side = side.map_err(refused)?;
         self.write(&plan, &side, rows)?;
@@ -155,7 +155,6 @@ impl Call<'_> {
         &self,
         plan: &Plan<'_>,
         x: &Views<'_, T>,
-        options: &AttentionOptions<'_>,
         out: &mut [T],
     ) -> sparge::Result<Side> {
         match &self.settings.policy {
@@ -164,7 +163,7 @@ impl Call<'_> {
             None => return sparge::forward(plan, &x.q, &x.k, &x.v, out),
         }
         let start = std::time::Instant::now();
-        let mask = self.predicted(plan, x, options)?;
+        let mask = self.predicted(plan, x)?;
         let predicted = start.elapsed();
         let mut side = sparge::attend(plan, &x.q, &x.k, &x.v, Some(&mask), out)?;
         side.stats.predict = predicted;
@@ -177,10 +176,9 @@ impl Call<'_> {
         &self,
         plan: &Plan<'_>,
         x: &Views<'_, T>,
-        options: &AttentionOptions<'_>,
     ) -> sparge::Result<BlockMask> {
         let mut mask = match &self.settings.policy {
-            Some(policy) => policy::mask(&x.q, &x.k, options, policy)?,
+            Some(policy) => policy::predict(plan, &x.q, &x.k, policy)?,
             None => sparge::predict(plan, &x.q, &x.k)?,
         };
         let [sequences, heads, q_blocks, kv_blocks] = mask.shape();
@@ -206,8 +204,7 @@ impl Call<'_> {
         let block_mask = self.block_mask()?;
         let options = self.options(block_mask.as_ref())?;
         let plan = self.plan(AttentionShape::of(&x.q, &x.k, &x.v), &options)?;
-        let mask =
-            pool(self.threads)?.install(|| self.predicted(&plan, &x, &options)).map_err(refused)?;
+        let mask = pool(self.threads)?.install(|| self.predicted(&plan, &x)).map_err(refused)?;
         self.write_mask(&mask);
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use crate::errors::{SpargeError, refused};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use sparge::policy::Policy;
 use sparge::{
     Alignment, AttentionOptions, Isa, Layout, PerHead, Pooling, QkPrecision, Selection,
@@ -107,6 +108,75 @@ impl Settings {
         }
         settings.config.selection = budget(&topk, &cdf, select)?;
         Ok(settings)
+    }
+
+    /// The other method that chooses blocks: its name as `policy=` has it, and its settings by name.
+    #[getter]
+    fn policy<'py>(&self, py: Python<'py>) -> PyResult<Option<(&'static str, Bound<'py, PyDict>)>> {
+        let Some(policy) = self.policy else { return Ok(None) };
+        let with = PyDict::new(py);
+        let name = match policy {
+            Policy::Dense => "dense",
+            Policy::Window { tokens, sinks } => {
+                with.set_item("tokens", tokens)?;
+                with.set_item("sinks", sinks)?;
+                "window"
+            }
+            Policy::Random { density, seed } => {
+                with.set_item("density", density)?;
+                with.set_item("seed", seed)?;
+                "random"
+            }
+            Policy::VerticalSlash { vertical, slash } => {
+                with.set_item("vertical", vertical)?;
+                with.set_item("slash", slash)?;
+                "minference"
+            }
+            Policy::AShape { first, local } => {
+                with.set_item("first", first)?;
+                with.set_item("local", local)?;
+                "a-shape"
+            }
+            Policy::BlockSparse { blocks } => {
+                with.set_item("blocks", blocks)?;
+                "block-sparse"
+            }
+            Policy::FlexPrefill { gamma, tau, min_budget } => {
+                with.set_item("gamma", gamma)?;
+                with.set_item("tau", tau)?;
+                with.set_item("min_budget", min_budget)?;
+                "flexprefill"
+            }
+            Policy::XAttention { stride, threshold } => {
+                with.set_item("stride", stride)?;
+                with.set_item("threshold", threshold)?;
+                "xattention"
+            }
+            _ => return Err(bad("policy", policy, "one that this package knows")),
+        };
+        Ok(Some((name, with)))
+    }
+
+    /// Refuses a policy whose settings are out of range or that has no meaning for such a call.
+    fn check_policy(&self, has_element_mask: bool) -> PyResult<()> {
+        let is_causal = self.visibility().2 == Some(0);
+        let checked = self.policy.map(|policy| policy.check(is_causal, has_element_mask));
+        checked.transpose().map(drop).map_err(refused)
+    }
+
+    /// Whether query 0 is aligned with key 0 (else the last with the last), how many keys before and
+    /// after its own position a query sees, and the key blocks at the start that all see.
+    #[getter]
+    fn visibility(&self) -> (bool, Option<usize>, Option<usize>, usize) {
+        let window = self.window.unwrap_or_default();
+        let right = if self.causal.is_some() { Some(0) } else { window.right };
+        (self.causal == Some(Alignment::TopLeft), window.left, right, self.sink_blocks)
+    }
+
+    /// What scores are multiplied by; None is 1/√dim.
+    #[getter]
+    fn scale(&self) -> Option<f64> {
+        self.softmax_scale
     }
 
     fn __repr__(&self) -> String {

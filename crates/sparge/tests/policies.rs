@@ -229,6 +229,18 @@ fn random_has_its_density() {
     assert_eq!(row(&last, 20), row(&got, 28));
 }
 
+#[test]
+fn random_forces_what_its_plan_keeps() {
+    let x = vec![0.0; 4096 * 8];
+    let view = TensorView::hnd(&x, [1, 1, 4096, 8]).expect("a view");
+    let shape = AttentionShape::of(&view, &view, &view).expect("a shape");
+    let config = SpargeConfig { keep_first: 2, keep_local: 4, ..SpargeConfig::dense() };
+    let plan = Plan::new(shape, &CAUSAL, &config).expect("a plan");
+    let got = policy::predict(&plan, &view, &view, &policy("random:0.01")).expect("a mask");
+    assert_eq!(row(&got, 20), [0, 1, 36, 37, 38, 39, 40, 41]);
+    assert_eq!(row(&one(&x, &x, 8, &CAUSAL, "random:0.01"), 20), [0, 40, 41]);
+}
+
 const ALL: [&str; 8] = [
     "dense",
     "window:300",

@@ -29,9 +29,10 @@ mod xattention;
 use crate::attention::{Side, attend};
 use crate::config::{AttentionOptions, SpargeConfig};
 use crate::error::{Error, Result};
-use crate::geometry::{AttentionShape, Coverage};
+use crate::geometry::{AttentionShape, Coverage, Visibility};
 use crate::mask::BlockMask;
 use crate::plan::{HeadAt, Plan};
+use crate::predict::check_shape;
 use crate::tensor::{Element, TensorView};
 use estimate::Head;
 pub(crate) use pattern::mix;
@@ -147,11 +148,15 @@ impl Policy {
         }
     }
 
-    /// Refuses calls the method has no meaning for.
-    fn check(&self, plan: &Plan<'_>) -> Result<()> {
+    /// Refuses settings out of range, and calls the method has no meaning for.
+    ///
+    /// # Errors
+    /// As [`Policy::validate`]; [`Error::Conflict`] for a causal method without causal attention (no
+    /// query sees keys after its position), or an element mask that its estimate would not see.
+    pub fn check(&self, is_causal: bool, has_element_mask: bool) -> Result<()> {
         self.validate()?;
         let causal_only = self.looks_ahead();
-        if causal_only && plan.visibility.iter().any(|v| !v.is_causal()) {
+        if causal_only && !is_causal {
             return Err(Error::Conflict {
                 a: "a policy made from the last queries' diagonals (minference, flexprefill)",
                 b: "attention that is not causal",
@@ -160,7 +165,7 @@ impl Policy {
         }
         let estimates =
             causal_only || matches!(self, Self::BlockSparse { .. } | Self::XAttention { .. });
-        if estimates && plan.element_mask.is_some() {
+        if estimates && has_element_mask {
             return Err(Error::Conflict {
                 a: "a policy that estimates scores (minference, block-sparse, flexprefill, xattention)",
                 b: "an element mask",
@@ -199,7 +204,22 @@ pub fn mask<T: Element>(
     policy: &Policy,
 ) -> Result<BlockMask> {
     let plan = Plan::new(AttentionShape::of(q, k, k)?, options, &SpargeConfig::dense())?;
-    masked(&plan, q, k, policy)
+    predict(&plan, q, k, policy)
+}
+
+/// The blocks [`forward`] computes, as [`crate::predict`]: the plan's selection is not used, but
+/// [`Policy::Random`] keeps what its `keep_first` and `keep_local` keep.
+///
+/// # Errors
+/// As [`mask`], and [`Error::Mismatch`] where q and k are not of the plan's shape.
+pub fn predict<T: Element>(
+    plan: &Plan<'_>,
+    q: &TensorView<'_, T>,
+    k: &TensorView<'_, T>,
+    policy: &Policy,
+) -> Result<BlockMask> {
+    check_shape(plan, q, k)?;
+    masked(plan, q, k, policy)
 }
 
 /// Attention over `policy`'s blocks, as [`crate::forward`]: the plan gives shape, masks and stage 2;
@@ -231,7 +251,8 @@ fn masked<T: Element>(
     k: &TensorView<'_, T>,
     policy: &Policy,
 ) -> Result<BlockMask> {
-    policy.check(plan)?;
+    let is_causal = plan.visibility.iter().all(Visibility::is_causal);
+    policy.check(is_causal, plan.element_mask.is_some())?;
     let mut mask = BlockMask::empty(plan.mask_shape())?;
     let [_, num_qo_heads, q_blocks, _] = plan.mask_shape();
     let mut rows: Vec<&mut [u64]> = mask.rows_mut().collect();

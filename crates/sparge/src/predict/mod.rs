@@ -135,7 +135,7 @@ pub fn block_masses<T: Element>(
 }
 
 /// Refuses q and k that are not of the plan's shape.
-fn check_shape<T: Element>(
+pub(crate) fn check_shape<T: Element>(
     plan: &Plan<'_>,
     q: &TensorView<'_, T>,
     k: &TensorView<'_, T>,
