@@ -1,14 +1,17 @@
-// Attention over kept blocks on Hopper: int8 Q·Kᵀ, fp32 online softmax, e4m3 P·V.
+// Attention over kept blocks on Hopper: int8 Q·Kᵀ, online softmax, e4m3 P·V.
 //
 // A persistent block of 384 threads: one producer thread copies tiles of two 64-key blocks (any
-// two: they need not be neighbours) into rings in shared memory (sparge/tiles.cuh); two consumer
-// warpgroups own 64 query rows each. The softmax of a tile runs beside P·V of the one before, and,
-// where registers allow, beside Q·Kᵀ of the next.
+// two: they need not be neighbours) into a ring in shared memory (sparge/tiles.cuh); two consumer
+// warpgroups own 64 query rows each. The softmax of a tile runs beside P·V of the one before.
 //
-// The accumulator of Q·Kᵀ starts at MAGIC, the bits of 1.5·2²³: |acc| < 2²² then makes its bits the
-// float 1.5·2²³ + acc, and no conversion is needed. P·V of a tile has its own accumulator, because
-// the e4m3 units round sums to fewer bits than fp32; O = O·alpha + P·V is fp32. Sums of P come out
-// of the same product, from a column of ones, so that they are of p as rounded.
+// The softmax never leaves integers. Where t = log2(SCALE·p) is a fixed-point number with 23 bits
+// after the point, (t + 127)·2²³ is the bits of a float: exponent right, mantissa 1 + f where 2^f
+// was meant. One multiplication and addition makes a score so, with no conversion and no
+// exponential, and at most 3% off about a mean of nothing (LINEAR_LOG2); e4m3 rounds by up to 6%.
+//
+// P·V of a tile has its own accumulator, because the e4m3 units round sums to fewer bits than fp32;
+// O = O·alpha + P·V is fp32. Sums of P come out of the same product, from a column of ones, so that
+// they are of p as rounded.
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
 #include "sparge/ptx/mbarrier.cuh"
@@ -17,10 +20,36 @@
 
 namespace sparge {
 
-constexpr u32 MAGIC_BITS = 0x4B400000u;
-constexpr float MAGIC = 12582912.0f;
-constexpr float P_SCALE_LOG2 = 8.807354922057604f;  // log2(448): P is stored as 448·p
-constexpr float NEVER = -1e30f;                     // running maximum before any key
+constexpr i32 MASKED = -(1 << 30);  // a score: below any
+constexpr float NEVER = -1e30f;     // running maximum before any key
+
+/// The running maximum follows only when a score exceeds it by more than this (log2): fewer rows
+/// need their sums rescaled, for one bit of e4m3's range.
+constexpr float HEADROOM = 1.f;
+/// log2(SCALE): P is stored as SCALE·p, 448 where a score is HEADROOM above the running maximum.
+constexpr float SCALE_LOG2 = 8.807354922057604f - HEADROOM;
+/// log2 of the mean of (1 + f)/2^f over f in [0, 1): taken off, p is right on average.
+constexpr float LINEAR_LOG2 = 0.0576f;
+/// What is added to log2(p) before it becomes bits.
+constexpr float TOP = SCALE_LOG2 + 127.f - LINEAR_LOG2;
+constexpr float ONE = 8388608.f;  // 2²³
+
+/// No score of a tile exceeds ‖q‖·‖k‖ (log2 units). Up to here no fixed-point number overflows,
+/// whatever the running maximum, which is bound alike: |t| ≤ 2·1.05²·MOST_NORM < 120 (int8 rounds
+/// norms up by 5% at most). Tiles above, and those with masks, take `exponentials_clamped`.
+constexpr float MOST_NORM = 54.f;
+/// There, scores this far below a lane's largest (log2) count as so far.
+constexpr float RANGE = 60.f;
+constexpr int WIDE = 8;  // flag of a tile, beside LAST, CUT, EMPTY
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/// The integer nearest to |x| < 2²²: the low bits of 1.5·2²³ + x.
+__device__ __forceinline__ i32 fixed(float x) { return as_bits(x + 12582912.f) - 0x4B400000; }
 
 /// The largest of four neighbouring lanes.
 __device__ __forceinline__ float quad_max(float x) {
@@ -29,25 +58,39 @@ __device__ __forceinline__ float quad_max(float x) {
 }
 
 /// One consumer warpgroup's state for 64 query rows: a thread holds rows `row` and `row + 8`.
-///
-/// DEEP: Q·Kᵀ of the next tile runs beside the softmax of this one, in a second set of score
-/// registers. With D = 128 there is no room for it.
 template <int D, class T, int STAGES> struct Consumer {
-    static constexpr int N = BLOCK_KV;
-    static constexpr bool DEEP = D == 64;
-    using Scores = u32[N];
+    static constexpr int N = 2 * BLOCK_KV / 2;  // scores of a thread
+    using Scores = i32[N];
+    using Shared = Smem<D, STAGES>;
     const Args &a;
-    Smem<D, STAGES> &s;
+    const u32 base;  // address of Shared
     Ring<STAGES> ring;
     Ring<Q_STAGES> q_ring;
     u32 p[N / 4];
     float o[D / 2], part[D / 2 + 4];
-    float running[2], sum[2], alpha[2], q_scale[2];
-    const int group;  // 0 or 1: uniform
+    float running[2], sum[2], alpha[2], q_scale[2], k_scale[2];
+    bool is_wide;     // a tile of the item was
+    const int group;  // 0 or 1
+    u32 q_slot;
 
-    __device__ __forceinline__ Consumer(const Args &a, Smem<D, STAGES> &s)
-        : a(a), s(s), group(__shfl_sync(FULL, threadIdx.x / 128, 0)) {}
+    __device__ __forceinline__ Consumer(const Args &a, u32 base)
+        : a(a), base(base), group(uniform(threadIdx.x / 128)) {}
 
+    // Shared memory by address: the compiler would find out where it starts again at every use.
+#define PLACE(member) \
+    (base + static_cast<u32>(reinterpret_cast<u64>(&reinterpret_cast<Shared *>(0)->member)))
+    static __device__ __forceinline__ i32 word(u32 address) {
+        i32 x;
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+        return x;
+    }
+    __device__ __forceinline__ u32 full() const { return PLACE(full) + 8 * ring.slot(); }
+    __device__ __forceinline__ u32 empty(u32 slot) const { return PLACE(empty) + 8 * slot; }
+    __device__ __forceinline__ u32 tile(u32 slot) const { return PLACE(tile) + sizeof(Tile) * slot; }
+    __device__ __forceinline__ u32 keys(u32 slot) const { return PLACE(k_scale) + 32 * slot; }
+
+    /// A number that all lanes have, so that the compiler knows.
+    static __device__ __forceinline__ u32 uniform(u32 x) { return __shfl_sync(FULL, x, 0); }
     // Read again at every use: registers are scarce.
     static __device__ __forceinline__ int thread() {
         int x;
@@ -71,34 +114,36 @@ template <int D, class T, int STAGES> struct Consumer {
         }
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = 0.f;
+        is_wide = false;
     }
 
-    /// Waits for the keys of the ring's tile and starts scores = MAGIC + Q·Kᵀ. Returns its flags.
-    __device__ __forceinline__ int issue_qk(Scores &scores) {
-        const int slot = ring.slot();
-        mbar_wait(shared_address(&s.k_full[slot]), ring.parity());
-#pragma unroll
-        for (int i = 0; i < N; i++) scores[i] = MAGIC_BITS;
-        const u32 q = descriptor(shared_address(s.q[q_ring.slot()]) + group * 64 * D);
-        const u32 k = descriptor(shared_address(s.k[slot][0]));
+    /// Starts scores = Q·Kᵀ for the tile in `slot`, which is there. Returns its flags.
+    __device__ __forceinline__ int issue_qk(Scores &scores, u32 slot) {
+        const u32 q = descriptor(PLACE(q) + q_slot * (BLOCK_Q * D) + group * 64 * D);
+        const u32 k = descriptor(PLACE(k) + slot * (2 * BLOCK_KV * D));
         pin_registers(scores);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) wgmma_s8<D>(scores, q + 2 * i, k + 2 * i);
+        for (int i = 0; i < D / 32; i++) wgmma_s8<D>(scores, q + 2 * i, k + 2 * i, i > 0);
         wgmma_commit();
-        return s.tile[slot].flags;
+        k_scale[0] = as_float(word(keys(slot)));
+        k_scale[1] = as_float(word(keys(slot) + 16));
+        const float most = as_float(word(PLACE(q_norm) + 4 * q_slot)) *
+                           fmaxf(as_float(word(keys(slot) + 12)), as_float(word(keys(slot) + 28)));
+        is_wide |= !(most <= MOST_NORM);
+        const int flags = word(tile(slot) + 12);
+        return is_wide ? flags | WIDE : flags;
     }
 
-    /// After Q·Kᵀ of the ring's tile: masks, scales, and the slot goes back.
-    __device__ __forceinline__ void take_scores(Scores &scores, int flags) {
-        const int slot = ring.slot();
+    /// After Q·Kᵀ of the tile in `slot`.
+    __device__ __forceinline__ void take_scores(Scores &scores, int flags, u32 slot) {
         pin_registers(scores);
-        if (flags & CUT) cut(scores, slot);
+        if (flags & CUT) cut(scores, flags, slot);
     }
 
     /// Starts part = P·V, or part += P·V, for the tile in `slot`.
-    __device__ __forceinline__ void issue_pv(int slot) {
-        const u32 v = descriptor(shared_address(s.v[slot][0]));
+    __device__ __forceinline__ void issue_pv(u32 slot) {
+        const u32 v = descriptor(PLACE(v) + slot * (2 * BLOCK_KV * (D + 8)));
         pin_registers(p);
         pin_registers(part);
         wgmma_fence();
@@ -113,58 +158,44 @@ template <int D, class T, int STAGES> struct Consumer {
     }
 
     /// Takes pairs that are masked out of the scores.
-    __device__ __forceinline__ void cut(Scores &scores, int slot) {
-        const Tile tile = s.tile[slot];
+    __device__ __forceinline__ void cut(Scores &scores, int flags, u32 slot) {
         const int column = 2 * (lane() % 4);
-        const int first = tile.flags & EMPTY ? a.kv_len : tile.first_key;
-        const int second = tile.second_key < 0 ? a.kv_len : tile.second_key;
-        const int token = Item(a, tile.item).q_block * BLOCK_Q + row();
+        const int first = flags & EMPTY ? a.kv_len : word(tile(slot) + 4);
+        const int after = word(tile(slot) + 8), second = after < 0 ? a.kv_len : after;
+        const int token = Item(a, word(tile(slot))).q_block * BLOCK_Q + row();
         const int limit[2] = {visible_end(a, token), visible_end(a, token + 8)};
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int half = i / 32;
             const int key = (half ? second : first) + i % 32 / 4 * 8 + column + i % 2;
-            if (key >= limit[i / 2 % 2]) scores[i] = 0xff800000u;
+            if (key >= limit[i / 2 % 2]) scores[i] = MASKED;
         }
         // Keys that are not finite are stored as 0: NaN to the rows that see them.
 #pragma unroll 1
         for (int w = 0; w < 4; w++) {
-            u32 bad = as_bits(s.k_scale[slot][w / 2][1 + w % 2]);
+            u32 bad = word(keys(slot) + w / 2 * 16 + 4 + w % 2 * 4);
             if (bad == 0) continue;
             bad >>= column;
+            int rows = 0;
 #pragma unroll
             for (int i = 0; i < N; i++)
-                if (i / 16 == w && bad >> (i % 16 / 4 * 8 + i % 2) & 1 && scores[i] != 0xff800000u)
-                    scores[i] = 0x7fc00000u;
+                if (i / 16 == w && bad >> (i % 16 / 4 * 8 + i % 2) & 1 && scores[i] != MASKED)
+                    rows |= 1 << i / 2 % 2;
+            rows = __reduce_or_sync(0xfu << (lane() & ~3), rows);
+            if (rows & 1) sum[0] = as_float(0x7fc00000u);
+            if (rows & 2) sum[1] = as_float(0x7fc00000u);
         }
     }
 
-    /// The largest raw score of row r in half h among this lane's. Scores are positive floats or
-    /// −∞, which as integers order alike.
-    static __device__ __forceinline__ float top_of(const Scores &scores, int r, int h) {
-        auto at = [&](int i) {
-            return static_cast<i32>(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]);
-        };
+    /// The largest score of row r in half h among this lane's.
+    static __device__ __forceinline__ i32 top_of(const Scores &scores, int r, int h) {
+        auto at = [&](int i) { return scores[32 * h + i / 2 * 4 + 2 * r + i % 2]; };
         i32 x = max(max(at(0), at(1)), at(2));
 #pragma unroll
         for (int i = 3; i < 15; i += 2) x = max(max(x, at(i)), at(i + 1));
-        return as_float(max(x, at(15)));
+        return max(x, at(15));
     }
 
-    struct Exponent {
-        float c, bias;  // log2(448·p) = raw score · c + bias
-    };
-    __device__ __forceinline__ Exponent exponent(float c, int r) const {
-        return Exponent{c, fmaf(-MAGIC, c, P_SCALE_LOG2 - running[r])};
-    }
-    /// Scores of row r and half h become 448·p, as floats.
-    static __device__ __forceinline__ void exponentials(Scores &scores, int r, int h, Exponent e) {
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            u32 &x = scores[32 * h + i / 2 * 4 + 2 * r + i % 2];
-            x = as_bits(ex2(fmaf(as_float(x), e.c, e.bias)));
-        }
-    }
     /// The running maximum takes in `top`, a lane's; alpha is what earlier sums are worth beside it.
     __device__ __forceinline__ void raise(int r, float top) {
         const float m = fmaxf(quad_max(top), running[r]);
@@ -172,32 +203,79 @@ template <int D, class T, int STAGES> struct Consumer {
         running[r] = m;
     }
 
-    /// Scores of the ring's tile become 448·p.
-    __device__ __forceinline__ void softmax(Scores &scores) {
-        const int slot = ring.slot();
-        const float k_scale[2] = {s.k_scale[slot][0][0], s.k_scale[slot][1][0]};
-        mbar_arrive_warp(shared_address(&s.k_empty[slot]));
-        Exponent e[2][2];
+    /// Scores become SCALE·p, as floats: the bits are score·factor + bias.
+    __device__ __forceinline__ void exponentials(Scores &scores) {
+        i32 factor[2][2];
+        float top[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float c[2] = {q_scale[r] * k_scale[0], q_scale[r] * k_scale[1]};
-            raise(r, fmaxf((top_of(scores, r, 0) - MAGIC) * c[0],
-                           (top_of(scores, r, 1) - MAGIC) * c[1]));
+            top[r] = fmaxf(top_of(scores, r, 0) * c[0], top_of(scores, r, 1) * c[1]);
+            factor[r][0] = fixed(c[0] * ONE);
+            factor[r][1] = fixed(c[1] * ONE);
+            // NaN where the row or a key of the tile is not finite.
+            sum[r] = fmaf(c[0] + c[1], 0.f, sum[r]);
+        }
+        alpha[0] = alpha[1] = 1.f;
+        if (__any_sync(FULL, top[0] > running[0] + HEADROOM || top[1] > running[1] + HEADROOM)) {
+            raise(0, top[0]);
+            raise(1, top[1]);
+        }
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                e[r][h] = exponent(c[h], r);
-                // Measured: one row after the other where the exponential unit is the limit, both
-                // rows' maxima first where latency is.
-                if (DEEP) exponentials(scores, r, h, e[r][h]);
+        for (int r = 0; r < 2; r++) {
+            const i32 bias = fixed((TOP - running[r]) * 16384.f) << 9;
+#pragma unroll
+            for (int i = 0; i < 32; i++) {
+                i32 &x = scores[i / 2 * 4 + 2 * r + i % 2];
+                x = x * factor[r][i / 16] + bias;
             }
         }
-        if (!DEEP)
+    }
+
+    /// The same where scores are masked or may lie so far apart that they overflow: relative to the
+    /// lane's largest of each half, and not below RANGE under it.
+    __device__ __forceinline__ void exponentials_clamped(Scores &scores) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) exponentials(scores, i / 2, i % 2, e[i / 2][i % 2]);
+        for (int r = 0; r < 2; r++) {
+            i32 most[2];
+            float top[2], step[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float c = q_scale[r] * k_scale[h];
+                most[h] = top_of(scores, r, h);
+                top[h] = most[h] == MASKED ? as_float(0xff800000u) : most[h] * c;
+                step[h] = fminf(c, RANGE);
+                sum[r] = fmaf(c, 0.f, sum[r]);
+            }
+            raise(r, fmaxf(top[0], top[1]));
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                // Whole steps: at least one, which then is RANGE itself.
+                const i32 least =
+                    -__float2int_rd(fminf(RANGE * (1.f + 1e-6f) * reciprocal(step[h]), ONE));
+                const i32 factor = __float2int_rn(step[h] * ONE);
+                const i32 bias =
+                    __float2int_rn(fmaxf(top[h] - running[r] + TOP, RANGE + 1.f) * ONE);
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    i32 &x = scores[32 * h + i / 2 * 4 + 2 * r + i % 2];
+                    x = max(x - most[h], least) * factor + bias;
+                }
+            }
+        }
+    }
+
+    /// Scores of the ring's tile become SCALE·p. Returns when the next tile is there, if there is one.
+    __device__ __forceinline__ void softmax(Scores &scores, int flags) {
+        if (flags & (CUT | WIDE)) exponentials_clamped(scores);
+        else exponentials(scores);
         // The assembler would move the wait for P·V up, before the softmax that is to run beside
         // it; it does not move it over the loop in this wait.
         pin_registers(scores);
-        mbar_wait(shared_address(&s.v_full[slot]), ring.parity());
+        if (flags & LAST) return;
+        ring.next();
+        mbar_wait(full(), ring.parity());
+        ring.count--;
     }
 
     /// O and its sums, worth `by` now, take in `part`.
@@ -244,101 +322,64 @@ template <int D, class T, int STAGES> struct Consumer {
                 const float shift = a.q_shift[(static_cast<i64>(item.head) * a.q_blocks +
                                                item.q_block) * BLOCK_Q + row + 8 * r];
                 const float lse =
-                    (running[r] + shift + lg2(l) - P_SCALE_LOG2) * 0.69314718055994531f;
+                    (running[r] + shift + lg2(l) - SCALE_LOG2) * 0.69314718055994531f;
                 a.lse[static_cast<i64>(item.head) * a.qo_len + token] =
                     l == 0.f ? as_float(0xff800000u) : lse;
             }
         }
     }
 
-    /// The softmax of the ring's tile beside the products in flight, then P and what P·V of the
-    /// tile before brings.
-    __device__ __forceinline__ void finish_tile(Scores &now, bool is_first) {
-        const float before[2] = {alpha[0], alpha[1]};
-        softmax(now);
-        wgmma_wait<0>();
-        if (!is_first) {
+    /// All tiles of an item; `scores` holds those of the first, whose flags are given.
+    __device__ __forceinline__ void tiles(Scores &scores, int flags) {
+        bool is_first = true;
+        while (true) {
+            const float before[2] = {alpha[0], alpha[1]};
+            softmax(scores, flags);
+            wgmma_wait<0>();
             pin_registers(part);
-            mbar_arrive_warp(shared_address(&s.v_empty[(ring.count - 1) % STAGES]));
-            accumulate(before);
+            if (!is_first) {
+                mbar_arrive_warp(empty((ring.count - 1) % STAGES));
+                accumulate(before);
+            }
+            const u32 slot = uniform(ring.slot()), next = uniform((ring.count + 1) % STAGES);
+            pack(scores);
+            pin_registers(p);
+            if (flags & LAST) break;
+            flags = issue_qk(scores, next);
+            issue_pv(slot);
+            wgmma_wait<1>();
+            take_scores(scores, flags, next);
+            ring.next();
+            is_first = false;
         }
-        pack(now);
-    }
-
-    /// DEEP. One tile, whose scores are in `now`: starts Q·Kᵀ of the next tile into `next` and P·V
-    /// of the tile before. Returns the next tile's flags.
-    __device__ __forceinline__ int step(Scores &now, Scores &next, bool is_first) {
-        ring.next();
-        const int flags = issue_qk(next);
-        ring.count--;
-        if (!is_first) issue_pv((ring.count - 1) % STAGES);
-        finish_tile(now, is_first);
-        ring.next();
-        take_scores(next, flags);
-        return flags;
-    }
-
-    /// DEEP. The last tile of an item.
-    __device__ __forceinline__ void last(Scores &now, bool is_first) {
-        if (!is_first) issue_pv((ring.count - 1) % STAGES);
-        finish_tile(now, is_first);
-        finish_products();
-    }
-
-    /// P·V of an item's last tile.
-    __device__ __forceinline__ void finish_products() {
         issue_pv(ring.slot());
         wgmma_wait<0>();
         pin_registers(part);
-        mbar_arrive_warp(shared_address(&s.v_empty[ring.slot()]));
+        mbar_arrive_warp(empty(ring.slot()));
         accumulate(alpha);
         ring.next();
     }
 
-    /// All tiles of an item; `even` holds the scores of the first, whose flags are given.
-    __device__ __forceinline__ void tiles(Scores &even, int flags) {
-        if constexpr (DEEP) {
-            Scores odd;
-            if (flags & LAST) return last(even, true);
-            flags = step(even, odd, true);
-            while (true) {
-                if (flags & LAST) return last(odd, false);
-                flags = step(odd, even, false);
-                if (flags & LAST) return last(even, false);
-                flags = step(even, odd, false);
-            }
-        } else {
-            finish_tile(even, true);
-            while (!(flags & LAST)) {
-                ring.next();
-                flags = issue_qk(even);
-                issue_pv((ring.count - 1) % STAGES);
-                wgmma_wait<1>();
-                take_scores(even, flags);
-                finish_tile(even, false);
-            }
-            finish_products();
-        }
-    }
-
     __device__ __forceinline__ void run() {
         while (true) {
-            mbar_wait(shared_address(&s.k_full[ring.slot()]), ring.parity());
-            int index = s.tile[ring.slot()].item;
+            mbar_wait(full(), ring.parity());
+            int index = word(tile(ring.slot()));
             if (index < 0) break;
             begin(Item(a, index));
-            mbar_wait(shared_address(&s.q_full[q_ring.slot()]), q_ring.parity());
+            q_slot = uniform(q_ring.slot());
+            mbar_wait(PLACE(q_full) + 8 * q_slot, q_ring.parity());
             Scores scores;
-            const int flags = issue_qk(scores);
+            const int flags = issue_qk(scores, ring.slot());
             wgmma_wait<0>();
-            take_scores(scores, flags);
+            take_scores(scores, flags, ring.slot());
             tiles(scores, flags);
-            mbar_arrive_warp(shared_address(&s.q_empty[q_ring.slot()]));
+            mbar_arrive_warp(PLACE(q_empty) + 8 * q_slot);
             q_ring.next();
             asm volatile("" : "+r"(index));  // not to keep what `begin` made of it
             finish(Item(a, index));
         }
     }
+#undef PLACE
 };
 
 template <int D, class T, int STAGES>
@@ -348,10 +389,8 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
     auto &s = *reinterpret_cast<Smem<D, STAGES> *>(raw);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            mbar_init(shared_address(&s.k_full[i]), 1);
-            mbar_init(shared_address(&s.v_full[i]), 1);
-            mbar_init(shared_address(&s.k_empty[i]), CONSUMERS / 32);
-            mbar_init(shared_address(&s.v_empty[i]), CONSUMERS / 32);
+            mbar_init(shared_address(&s.full[i]), 1);
+            mbar_init(shared_address(&s.empty[i]), CONSUMERS / 32);
         }
         for (int i = 0; i < Q_STAGES; i++) {
             mbar_init(shared_address(&s.q_full[i]), 1);
@@ -371,7 +410,9 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
         if (threadIdx.x == CONSUMERS) produce<D, STAGES>(a, s);
     } else {
         registers_up<240>();
-        Consumer<D, T, STAGES>(a, s).run();
+        u32 base = shared_address(raw);
+        asm volatile("" : "+r"(base));
+        Consumer<D, T, STAGES>(a, __shfl_sync(FULL, base, 0)).run();
     }
 }
 

@@ -105,6 +105,30 @@ template <int D> struct Part {
                 sum[j] += __shfl_xor_sync(FULL, sum[j], step);
         }
     }
+    /// The largest sum of squares of a row of the warp's, in every lane; NaN or ∞ where one is.
+    __device__ __forceinline__ float largest_square() const {
+        float sum[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            sum[i] = 0.f;
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[i] = fmaf(x[i][j], x[i][j], sum[i]);
+        }
+        // Lanes that share rows divide them: half of the rows at every step.
+        const int lane = threadIdx.x % 32;
+        int step = 1;
+#pragma unroll
+        for (int n = ROWS / 2; n > 0; n /= 2, step *= 2)
+#pragma unroll
+            for (int i = 0; i < n; i++) {
+                const bool upper = lane & step;
+                const float theirs = upper ? sum[i] : sum[i + n];
+                sum[i] = (upper ? sum[i + n] : sum[i]) + __shfl_xor_sync(FULL, theirs, step);
+            }
+#pragma unroll
+        for (; step < LANES; step *= 2) sum[0] += __shfl_xor_sync(FULL, sum[0], step);
+        return as_float(__reduce_max_sync(FULL, magnitude(sum[0])));
+    }
     /// Writes row i as int8 into a tile image whose first row is the warp's.
     __device__ __forceinline__ void store_int8(i8 *image, int first, int i, float by) const {
         u32 word[2];
@@ -164,7 +188,8 @@ __device__ __forceinline__ void pool(u16 *to, int block, int rows, int warp, int
 }
 
 template <int D, class T, int POOL>
-__device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scratch)[D]) {
+__device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scratch)[D],
+                                           float *norms) {
     const int pair = index / a.q_blocks, block = index % a.q_blocks;
     const int batch = pair / a.heads, head = pair % a.heads;
     const int warp = threadIdx.x / 32, first = block * BLOCK_Q + warp * SUB;
@@ -202,6 +227,14 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
             a.q_shift[at] = shift * a.scale_log2;
         }
     }
+    const float square = part.largest_square();
+    if (threadIdx.x % 32 == 0) norms[warp] = square;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32 most = 0;
+        for (int i = 0; i < THREADS / 32; i++) most = umax(most, as_bits(norms[i]));
+        a.q_norm[index] = sqrtf(as_float(most)) * fabsf(a.scale_log2);
+    }
     if (POOL) {
         float sum[8];
         part.column_sums(sum);
@@ -212,7 +245,8 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
 
 template <int D, class T, int POOL>
 __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*scratch)[D],
-                                            uint4 *image, u32 *tops, u32 *bad_rows) {
+                                            uint4 *image, u32 *tops, u32 *bad_rows,
+                                            float *norms) {
     const int pair = index / a.kv_blocks, block = index % a.kv_blocks;
     const int batch = pair / a.kv_heads, head = pair % a.kv_heads;
     const int warp = threadIdx.x / 32 % 4, first = block * BLOCK_KV + warp * SUB;
@@ -251,7 +285,11 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                 }
             top = __reduce_max_sync(FULL, top);
         }
-        if (threadIdx.x % 32 == 0) tops[warp] = top;
+        const float square = part.largest_square();
+        if (threadIdx.x % 32 == 0) {
+            tops[warp] = top;
+            norms[warp] = square;
+        }
     } else {
         // e4m3, keys in the order in which the attention kernel's registers hold P: of 16 keys,
         // word t of a chunk has keys 2t, 2t + 1, 2t + 8, 2t + 9. Lanes 16 apart hold the two halves.
@@ -334,7 +372,9 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                           (bad_rows[2 * i + 1] | bad_rows[2 * i + 5]) << SUB;
             uint4 *to = reinterpret_cast<uint4 *>(a.k_scale) + static_cast<i64>(index) * 2;
             // Where every row sees the block, its scale says it.
-            to[0] = uint4{keys[0] | keys[1] ? 0x7fc00000u : as_bits(scale), 0, 0, 0};
+            const float square = fmaxf(fmaxf(norms[0], norms[1]), fmaxf(norms[2], norms[3]));
+            to[0] = uint4{keys[0] | keys[1] ? 0x7fc00000u : as_bits(scale), 0, 0,
+                          as_bits(sqrtf(square))};
             to[1] = uint4{as_bits(scale), keys[0], keys[1], 0};
         }
     } else {
@@ -349,14 +389,15 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
 
 /// Grid: all query blocks, then all key blocks. POOL: 0 none, 1 every 16 rows, 2 whole blocks.
 template <int D, class T, int POOL>
-__global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(THREADS, 2) quantize(const __grid_constant__ Args a) {
     __shared__ float scratch[8][D];
     __shared__ uint4 image[D * BLOCK_KV / 16];
     __shared__ u32 tops[4], bad_rows[THREADS / 32];
+    __shared__ float norms[THREADS / 32];
     wait_for_predecessor();
     const int q_blocks = a.batch * a.heads * a.q_blocks;
-    if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch);
-    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows);
+    if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch, norms);
+    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows, norms);
 }
 
 }  // namespace sparge

@@ -16,18 +16,19 @@ struct Tile {
     int second_key; // of the second block, -1: there is none
     int flags;
 };
-constexpr int FIRST = 1, LAST = 2, CUT = 4, EMPTY = 8;
+constexpr int LAST = 1, CUT = 2, EMPTY = 4;
 
 template <int D, int STAGES> struct alignas(1024) Smem {
     i8 q[Q_STAGES][BLOCK_Q * D];
     i8 k[STAGES][2][BLOCK_KV * D];
     u8 v[STAGES][2][(D + 8) * BLOCK_KV];  // row D is ones, the rest zeros: it sums P
     Tile tile[STAGES];
-    float k_scale[STAGES][2][4];  // the scale, bits of bad keys, nothing
+    float k_scale[STAGES][2][4];  // the scale, bits of bad keys, the largest norm
     // The producer's own: it has only 24 registers.
     int index, uncut, base, end, items;
+    float q_norm[Q_STAGES];
     u64 q_full[Q_STAGES], q_empty[Q_STAGES];
-    u64 k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    u64 full[STAGES], empty[STAGES];
 };
 
 /// A work item: a query block of a head. Heads that share keys are neighbours; within a head the
@@ -83,8 +84,10 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
         Ring<Q_STAGES> q_ring;
         q_ring.count = mine.items;
         mine.items = q_ring.count + 1;
+        const float q_norm = a.q_norm[item.head * a.q_blocks + item.q_block];
         mbar_wait(shared_address(&s.q_empty[q_ring.slot()]), q_ring.parity() ^ 1);
         const u32 q_full = shared_address(&s.q_full[q_ring.slot()]);
+        s.q_norm[q_ring.slot()] = q_norm;
         mbar_expect(q_full, BLOCK_Q * D);
         bulk_load(shared_address(s.q[q_ring.slot()]),
                   a.q8 + static_cast<u64>(static_cast<u32>(item.head * a.q_blocks + item.q_block)) *
@@ -97,31 +100,28 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
         mine.end = reachable_blocks(a, min(a.qo_len, (item.q_block + 1) * BLOCK_Q));
         Blocks blocks(a, item, mine.end);
         int b0 = blocks.next();
-        int flags = FIRST;
+        int flags = 0;
         do {
             const int b1 = b0 < 0 ? -1 : blocks.next();
             const int upcoming = b1 < 0 ? -1 : blocks.next();
             if (upcoming < 0) flags |= LAST;
             if (b0 < 0) flags |= EMPTY;
             if (b1 < 0 || b1 >= mine.uncut) flags |= CUT;
-            mbar_wait(shared_address(&s.k_empty[ring.slot()]), ring.parity() ^ 1);
+            mbar_wait(shared_address(&s.empty[ring.slot()]), ring.parity() ^ 1);
             s.tile[ring.slot()] =
                 Tile{mine.index, b0 * BLOCK_KV, b1 < 0 ? -1 : b1 * BLOCK_KV, flags};
             const u32 i0 = mine.base + max(b0, 0);
             const u32 i1 = b1 < 0 ? i0 : mine.base + b1;
             u32 to = shared_address(s.k_scale[ring.slot()]);
-            u32 full = shared_address(&s.k_full[ring.slot()]);
-            mbar_expect(full, 2 * BYTES + 32);
+            u32 full = shared_address(&s.full[ring.slot()]);
+            mbar_expect(full, 4 * BYTES + 32);
             const float *scales = a.k_scale + (flags & CUT ? 4 : 0);
             bulk_load(to, scales + static_cast<u64>(i0) * 8, 16, full);
             bulk_load(to + 16, scales + static_cast<u64>(i1) * 8, 16, full);
             to = shared_address(s.k[ring.slot()][0]);
             bulk_load(to, a.k8 + static_cast<u64>(i0) * BYTES, BYTES, full);
             bulk_load(to + BYTES, a.k8 + static_cast<u64>(i1) * BYTES, BYTES, full);
-            mbar_wait(shared_address(&s.v_empty[ring.slot()]), ring.parity() ^ 1);
             to = shared_address(s.v[ring.slot()][0]);
-            full = shared_address(&s.v_full[ring.slot()]);
-            mbar_expect(full, 2 * BYTES);
             bulk_load(to, a.v8 + static_cast<u64>(i0) * BYTES, BYTES, full);
             bulk_load(to + sizeof(s.v[0][0]), a.v8 + static_cast<u64>(i1) * BYTES, BYTES, full);
             ring.next();
@@ -129,9 +129,9 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
             flags = 0;
         } while (b0 >= 0);
     }
-    mbar_wait(shared_address(&s.k_empty[ring.slot()]), ring.parity() ^ 1);
+    mbar_wait(shared_address(&s.empty[ring.slot()]), ring.parity() ^ 1);
     s.tile[ring.slot()].item = -1;
-    mbar_arrive(shared_address(&s.k_full[ring.slot()]));
+    mbar_arrive(shared_address(&s.full[ring.slot()]));
 }
 
 }  // namespace sparge

@@ -148,6 +148,7 @@ impl Hopper {
             q8: at(layout.q8),
             q_scale: at(layout.q_scale),
             q_shift: at(layout.q_shift),
+            q_norm: at(layout.q_norm),
             k8: at(layout.k8),
             k_scale: at(layout.k_scale),
             v8: at(layout.v8),

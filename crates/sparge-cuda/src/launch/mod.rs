@@ -51,6 +51,7 @@ pub(crate) struct Args {
     pub(crate) q8: u64,
     pub(crate) q_scale: u64,
     pub(crate) q_shift: u64,
+    pub(crate) q_norm: u64,
     pub(crate) k8: u64,
     pub(crate) k_scale: u64,
     pub(crate) v8: u64,
@@ -86,10 +87,10 @@ pub(crate) struct Args {
 }
 
 // The size is asserted in types.cuh too.
-const _: () = assert!(size_of::<Args>() == 1360);
+const _: () = assert!(size_of::<Args>() == 1368);
 const _: () = assert!(offset_of!(Args, q8) == 136);
-const _: () = assert!(offset_of!(Args, batch) == 264);
-const _: () = assert!(offset_of!(Args, budget) == 336);
+const _: () = assert!(offset_of!(Args, batch) == 272);
+const _: () = assert!(offset_of!(Args, budget) == 344);
 
 impl Default for Args {
     fn default() -> Self {
@@ -106,6 +107,7 @@ impl Default for Args {
             q8: 0,
             q_scale: 0,
             q_shift: 0,
+            q_norm: 0,
             k8: 0,
             k_scale: 0,
             v8: 0,

@@ -19,6 +19,10 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 /// Keeps the compiler from moving uses of accumulators or operands across this point.
+template <int N> __device__ __forceinline__ void pin_registers(i32 (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
+}
 template <int N> __device__ __forceinline__ void pin_registers(u32 (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i])::"memory");
@@ -28,16 +32,13 @@ template <int N> __device__ __forceinline__ void pin_registers(float (&x)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-/// acc += a·bᵀ: 64 x 128 x 32, int8, both operands in shared memory with rows of ROW bytes.
+/// acc = (add ? acc : 0) + a·bᵀ: 64 x 128 x 32, int8, both operands in shared memory with rows of
+/// ROW bytes.
 template <int ROW>
-__device__ __forceinline__ void wgmma_s8(u32 (&acc)[64], u32 a, u32 b) {
+__device__ __forceinline__ void wgmma_s8(i32 (&acc)[64], u32 a, u32 b, int add) {
     asm volatile(
-        "{.reg .b64 a, b; mov.b64 a, {%64, %66}; mov.b64 b, {%65, %66};"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, "
-        "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, "
-        "%25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
-        "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, "
-        "%57, %58, %59, %60, %61, %62, %63}, a, b, 1;}"
+        "{.reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %66, 0; mov.b64 a, {%64, %67}; mov.b64 b, {%65, %67};"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, a, b, p;}"
         : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3]), "+r"(acc[4]), "+r"(acc[5]), "+r"(acc[6]), "+r"(acc[7]),
           "+r"(acc[8]), "+r"(acc[9]), "+r"(acc[10]), "+r"(acc[11]), "+r"(acc[12]), "+r"(acc[13]), "+r"(acc[14]), "+r"(acc[15]),
           "+r"(acc[16]), "+r"(acc[17]), "+r"(acc[18]), "+r"(acc[19]), "+r"(acc[20]), "+r"(acc[21]), "+r"(acc[22]), "+r"(acc[23]),
@@ -46,7 +47,7 @@ __device__ __forceinline__ void wgmma_s8(u32 (&acc)[64], u32 a, u32 b) {
           "+r"(acc[40]), "+r"(acc[41]), "+r"(acc[42]), "+r"(acc[43]), "+r"(acc[44]), "+r"(acc[45]), "+r"(acc[46]), "+r"(acc[47]),
           "+r"(acc[48]), "+r"(acc[49]), "+r"(acc[50]), "+r"(acc[51]), "+r"(acc[52]), "+r"(acc[53]), "+r"(acc[54]), "+r"(acc[55]),
           "+r"(acc[56]), "+r"(acc[57]), "+r"(acc[58]), "+r"(acc[59]), "+r"(acc[60]), "+r"(acc[61]), "+r"(acc[62]), "+r"(acc[63])
-        : "r"(a), "r"(b), "n"(DESCRIPTOR_HIGH<ROW>));
+        : "r"(a), "r"(b), "r"(add), "n"(DESCRIPTOR_HIGH<ROW>));
 }
 
 /// acc = (add ? acc : 0) + a·bᵀ: 64 x 72 x 32, e4m3, a in registers.
