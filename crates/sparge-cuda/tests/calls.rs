@@ -185,3 +185,56 @@ fn a_pack_stands_in_for_nvrtc() {
     assert_eq!(before.contains("libnvrtc"), after.contains("libnvrtc"), "NVRTC was loaded");
     report(&failures);
 }
+
+/// Scores from next to nothing to tens of thousands, alike and in turns: int8 holds these queries and
+/// keys (sign patterns whose mean is zero) exactly, so the reference's answer is the right one, and a
+/// number that overflowed anywhere would show.
+#[test]
+fn scores_may_lie_however_far_apart() {
+    let Some(gpu) = gpu() else { return };
+    let mut failures = Vec::new();
+    let sizes = |dim| [1, 2, 1, 1088, 1088, dim, dim];
+    // Of queries, of keys of even and of odd pairs of blocks. Norms: sizes times 16 (d = 128: times 23).
+    let amounts = [
+        [1.0, 0.0078125, 0.0078125],
+        [1.0, 2.0, 2.0],
+        [2.0, 2.0, 2.0],
+        [8.0, 8.0, 8.0],
+        [1.0, 0.015625, 16.0],
+        [8.0, 8.0, 0.015625],
+        [64.0, 64.0, 64.0],
+        [4096.0, 4096.0, 4096.0],
+        [1e-8, 1e-8, 1e-8],
+    ];
+    for dim in [64, 128] {
+        for [of_q, even, odd] in amounts {
+            for causal in [None, Some(sparge::Alignment::TopLeft)] {
+                let mut p = Problem::new("spread", sizes(dim), DType::Bf16);
+                p.causal = causal;
+                p.name = format!("d = {dim}, {of_q} × {even}, {odd}, {causal:?}");
+                let mut rng = common::Normal(dim as u64);
+                let signs: Vec<f32> = (0..32 * dim).map(|_| rng.next().signum()).collect();
+                for (i, q) in p.q.iter_mut().enumerate() {
+                    *q = of_q * signs[i % (32 * dim)];
+                }
+                for (i, k) in p.k.iter_mut().enumerate() {
+                    let pair = i / (128 * dim);
+                    let sign = if i / (32 * dim) % 2 == 0 { 1.0 } else { -1.0 };
+                    *k = if pair.is_multiple_of(2) { even } else { odd }
+                        * sign
+                        * signs[i % (32 * dim)];
+                }
+                let (ran, expected) = (p.run(&gpu), p.expected(None));
+                let error = common::relative_l1(&ran.o, &expected.o);
+                let lse = ran.lse.iter().zip(&expected.lse).fold(0.0f64, |most, (&a, &b)| {
+                    most.max((f64::from(a) - b).abs() / (1.0 + 1e-3 * b.abs()))
+                });
+                println!("{}: relative L1 {error:.5}, LSE {lse:.5}", p.name);
+                if !(error < 0.03 && lse < 0.1) {
+                    failures.push(p.name.clone());
+                }
+            }
+        }
+    }
+    report(&failures);
+}
