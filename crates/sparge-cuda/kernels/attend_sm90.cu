@@ -20,7 +20,6 @@
 
 namespace sparge {
 
-constexpr i32 MASKED = -(1 << 30);  // a score: below any
 constexpr float NEVER = -1e30f;     // running maximum before any key
 
 /// The running maximum follows only when a score exceeds it by more than this (log2): fewer rows
@@ -33,14 +32,7 @@ constexpr float LINEAR_LOG2 = 0.0576f;
 /// What is added to log2(p) before it becomes bits.
 constexpr float TOP = SCALE_LOG2 + 127.f - LINEAR_LOG2;
 constexpr float ONE = 8388608.f;  // 2²³
-
-/// No score of a tile exceeds ‖q‖·‖k‖ (log2 units). Up to here no fixed-point number overflows,
-/// whatever the running maximum, which is bound alike: |t| ≤ 2·1.05²·MOST_NORM < 120 (int8 rounds
-/// norms up by 5% at most). Tiles above, and those with masks, take `exponentials_clamped`.
-constexpr float MOST_NORM = 54.f;
-/// There, scores this far below a lane's largest (log2) count as so far.
-constexpr float RANGE = 60.f;
-constexpr int WIDE = 8;  // flag of a tile, beside LAST, CUT, EMPTY
+constexpr float RANGE = 60.f;     // log2: p below counts as 0
 
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
@@ -69,7 +61,7 @@ template <int D, class T, int STAGES> struct Consumer {
     u32 p[N / 4];
     float o[D / 2], part[D / 2 + 4];
     float running[2], sum[2], alpha[2], q_scale[2], k_scale[2];
-    bool is_wide;     // a tile of the item was
+    bool is_wide;     // see look_wide
     const int group;  // 0 or 1
     u32 q_slot;
 
@@ -114,7 +106,6 @@ template <int D, class T, int STAGES> struct Consumer {
         }
 #pragma unroll
         for (int i = 0; i < D / 2; i++) o[i] = 0.f;
-        is_wide = false;
     }
 
     /// Starts scores = Q·Kᵀ for the tile in `slot`, which is there. Returns its flags.
@@ -128,17 +119,7 @@ template <int D, class T, int STAGES> struct Consumer {
         wgmma_commit();
         k_scale[0] = as_float(word(keys(slot)));
         k_scale[1] = as_float(word(keys(slot) + 16));
-        const float most = as_float(word(PLACE(q_norm) + 4 * q_slot)) *
-                           fmaxf(as_float(word(keys(slot) + 12)), as_float(word(keys(slot) + 28)));
-        is_wide |= !(most <= MOST_NORM);
-        const int flags = word(tile(slot) + 12);
-        return is_wide ? flags | WIDE : flags;
-    }
-
-    /// After Q·Kᵀ of the tile in `slot`.
-    __device__ __forceinline__ void take_scores(Scores &scores, int flags, u32 slot) {
-        pin_registers(scores);
-        if (flags & CUT) cut(scores, flags, slot);
+        return word(tile(slot) + 12);
     }
 
     /// Starts part = P·V, or part += P·V, for the tile in `slot`.
@@ -157,8 +138,9 @@ template <int D, class T, int STAGES> struct Consumer {
         wgmma_commit();
     }
 
-    /// Takes pairs that are masked out of the scores.
-    __device__ __forceinline__ void cut(Scores &scores, int flags, u32 slot) {
+    /// Takes pairs that are masked out of the scores, which are floats.
+    __device__ __forceinline__ void cut(Scores &scores, int flags) {
+        const u32 slot = ring.slot();
         const int column = 2 * (lane() % 4);
         const int first = flags & EMPTY ? a.kv_len : word(tile(slot) + 4);
         const int after = word(tile(slot) + 8), second = after < 0 ? a.kv_len : after;
@@ -168,7 +150,7 @@ template <int D, class T, int STAGES> struct Consumer {
         for (int i = 0; i < N; i++) {
             const int half = i / 32;
             const int key = (half ? second : first) + i % 32 / 4 * 8 + column + i % 2;
-            if (key >= limit[i / 2 % 2]) scores[i] = MASKED;
+            if (key >= limit[i / 2 % 2]) scores[i] = 0xff800000;
         }
         // Keys that are not finite are stored as 0: NaN to the rows that see them.
 #pragma unroll 1
@@ -176,14 +158,10 @@ template <int D, class T, int STAGES> struct Consumer {
             u32 bad = word(keys(slot) + w / 2 * 16 + 4 + w % 2 * 4);
             if (bad == 0) continue;
             bad >>= column;
-            int rows = 0;
 #pragma unroll
             for (int i = 0; i < N; i++)
-                if (i / 16 == w && bad >> (i % 16 / 4 * 8 + i % 2) & 1 && scores[i] != MASKED)
-                    rows |= 1 << i / 2 % 2;
-            rows = __reduce_or_sync(0xfu << (lane() & ~3), rows);
-            if (rows & 1) sum[0] = as_float(0x7fc00000u);
-            if (rows & 2) sum[1] = as_float(0x7fc00000u);
+                if (i / 16 == w && bad >> (i % 16 / 4 * 8 + i % 2) & 1 && scores[i] != 0xff800000)
+                    scores[i] = 0x7fc00000;
         }
     }
 
@@ -203,71 +181,89 @@ template <int D, class T, int STAGES> struct Consumer {
         running[r] = m;
     }
 
+    /// After a running maximum rose: whether bits of a score might overflow. No score exceeds the
+    /// norms' product, 1.05² of it as int8 rounds, so that t ≥ −1.1·norms − running.
+    __device__ __forceinline__ void look_wide() {
+        const float most = fminf(132.f - 1.1f * as_float(word(PLACE(norms) + 4 * q_slot)), 119.f);
+        is_wide = __any_sync(FULL, !(fmaxf(fabsf(running[0]), fabsf(running[1])) <= most));
+    }
+
     /// Scores become SCALE·p, as floats: the bits are score·factor + bias.
     __device__ __forceinline__ void exponentials(Scores &scores) {
-        i32 factor[2][2];
         float top[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float c[2] = {q_scale[r] * k_scale[0], q_scale[r] * k_scale[1]};
-            top[r] = fmaxf(top_of(scores, r, 0) * c[0], top_of(scores, r, 1) * c[1]);
-            factor[r][0] = fixed(c[0] * ONE);
-            factor[r][1] = fixed(c[1] * ONE);
-            // NaN where the row or a key of the tile is not finite.
-            sum[r] = fmaf(c[0] + c[1], 0.f, sum[r]);
+            top[r] = fmaxf(top_of(scores, r, 0) * (q_scale[r] * k_scale[0]),
+                           top_of(scores, r, 1) * (q_scale[r] * k_scale[1]));
+            // NaN where a key of the tile is not finite.
+            sum[r] += (k_scale[0] + k_scale[1]) * 0.f;
         }
-        alpha[0] = alpha[1] = 1.f;
         if (__any_sync(FULL, top[0] > running[0] + HEADROOM || top[1] > running[1] + HEADROOM)) {
             raise(0, top[0]);
             raise(1, top[1]);
+            look_wide();
+        } else {
+            alpha[0] = alpha[1] = 1.f;
         }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const i32 bias = fixed((TOP - running[r]) * 16384.f) << 9;
-#pragma unroll
-            for (int i = 0; i < 32; i++) {
-                i32 &x = scores[i / 2 * 4 + 2 * r + i % 2];
-                x = x * factor[r][i / 16] + bias;
-            }
-        }
+        if (is_wide) bits<true>(scores);
+        else bits<false>(scores);
     }
-
-    /// The same where scores are masked or may lie so far apart that they overflow: relative to the
-    /// lane's largest of each half, and not below RANGE under it.
-    __device__ __forceinline__ void exponentials_clamped(Scores &scores) {
+    /// IS_WIDE: scores further than RANGE below the running maximum count as so far; the others' bits
+    /// come out right modulo 2³², and that is all there is to them.
+    template <bool IS_WIDE> __device__ __forceinline__ void bits(Scores &scores) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            i32 most[2];
-            float top[2], step[2];
+            float most = TOP - running[r];
+            if (IS_WIDE) most -= 512.f * rintf(most * (1.f / 512));
+            const i32 bias = fixed(most * 16384.f) << 9;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const float c = q_scale[r] * k_scale[h];
-                most[h] = top_of(scores, r, h);
-                top[h] = most[h] == MASKED ? as_float(0xff800000u) : most[h] * c;
-                step[h] = fminf(c, RANGE);
-                sum[r] = fmaf(c, 0.f, sum[r]);
-            }
-            raise(r, fmaxf(top[0], top[1]));
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                // Whole steps: at least one, which then is RANGE itself.
-                const i32 least =
-                    -__float2int_rd(fminf(RANGE * (1.f + 1e-6f) * reciprocal(step[h]), ONE));
-                const i32 factor = __float2int_rn(step[h] * ONE);
-                const i32 bias =
-                    __float2int_rn(fmaxf(top[h] - running[r] + TOP, RANGE + 1.f) * ONE);
+                i32 factor = fixed(c * ONE), more = bias, least = 0;
+                if (IS_WIDE) {
+                    // All scores lie within ±2²¹. Above, the block counts for nothing.
+                    const float from = (running[r] - RANGE) * reciprocal(c);
+                    least = fixed(fmaxf(from, -2097152.f));
+                    if (from > 2097152.f) least = factor = more = 0;
+                }
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
                     i32 &x = scores[32 * h + i / 2 * 4 + 2 * r + i % 2];
-                    x = max(x - most[h], least) * factor + bias;
+                    x = (IS_WIDE ? max(x, least) : x) * factor + more;
                 }
             }
         }
     }
 
+    /// The same by real exponentials: where scores are masked, FAR or not finite.
+    __device__ __forceinline__ void exponentials_any(Scores &scores, int flags) {
+#pragma unroll
+        for (int i = 0; i < N; i++) scores[i] = as_bits(static_cast<float>(scores[i]));
+        if (flags & CUT) cut(scores, flags);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float c[2] = {q_scale[r] * k_scale[0], q_scale[r] * k_scale[1]};
+            float top[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                auto at = [&](int i) { return as_float(scores[32 * h + i / 2 * 4 + 2 * r + i % 2]); };
+                top[h] = at(0);
+#pragma unroll
+                for (int i = 1; i < 16; i++) top[h] = fmaxf(top[h], at(i));
+            }
+            raise(r, fmaxf(top[0] * c[0], top[1] * c[1]));
+#pragma unroll
+            for (int i = 0; i < 32; i++) {
+                i32 &x = scores[i / 2 * 4 + 2 * r + i % 2];
+                x = as_bits(ex2(fmaf(as_float(x), c[i / 16], SCALE_LOG2 - running[r])));
+            }
+        }
+        look_wide();
+    }
+
     /// Scores of the ring's tile become SCALE·p. Returns when the next tile is there, if there is one.
     __device__ __forceinline__ void softmax(Scores &scores, int flags) {
-        if (flags & (CUT | WIDE)) exponentials_clamped(scores);
+        if (flags & (CUT | FAR)) exponentials_any(scores, flags);
         else exponentials(scores);
         // The assembler would move the wait for P·V up, before the softmax that is to run beside
         // it; it does not move it over the loop in this wait.
@@ -345,11 +341,11 @@ template <int D, class T, int STAGES> struct Consumer {
             pack(scores);
             pin_registers(p);
             if (flags & LAST) break;
+            ring.next();
             flags = issue_qk(scores, next);
             issue_pv(slot);
             wgmma_wait<1>();
-            take_scores(scores, flags, next);
-            ring.next();
+            pin_registers(scores);
             is_first = false;
         }
         issue_pv(ring.slot());
@@ -371,7 +367,7 @@ template <int D, class T, int STAGES> struct Consumer {
             Scores scores;
             const int flags = issue_qk(scores, ring.slot());
             wgmma_wait<0>();
-            take_scores(scores, flags, ring.slot());
+            pin_registers(scores);
             tiles(scores, flags);
             mbar_arrive_warp(PLACE(q_empty) + 8 * q_slot);
             q_ring.next();

@@ -188,8 +188,7 @@ __device__ __forceinline__ void pool(u16 *to, int block, int rows, int warp, int
 }
 
 template <int D, class T, int POOL>
-__device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scratch)[D],
-                                           float *norms) {
+__device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scratch)[D]) {
     const int pair = index / a.q_blocks, block = index % a.q_blocks;
     const int batch = pair / a.heads, head = pair % a.heads;
     const int warp = threadIdx.x / 32, first = block * BLOCK_Q + warp * SUB;
@@ -227,14 +226,8 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
             a.q_shift[at] = shift * a.scale_log2;
         }
     }
-    const float square = part.largest_square();
-    if (threadIdx.x % 32 == 0) norms[warp] = square;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        u32 most = 0;
-        for (int i = 0; i < THREADS / 32; i++) most = umax(most, as_bits(norms[i]));
-        a.q_norm[index] = sqrtf(as_float(most)) * fabsf(a.scale_log2);
-    }
+    const float norm = sqrtf(part.largest_square()) * fabsf(a.scale_log2);
+    if (threadIdx.x % 32 == 0) atomicMax(a.q_norm + index, as_bits(norm));
     if (POOL) {
         float sum[8];
         part.column_sums(sum);
@@ -245,8 +238,7 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
 
 template <int D, class T, int POOL>
 __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*scratch)[D],
-                                            uint4 *image, u32 *tops, u32 *bad_rows,
-                                            float *norms) {
+                                            uint4 *image, u32 *tops, u32 *bad_rows) {
     const int pair = index / a.kv_blocks, block = index % a.kv_blocks;
     const int batch = pair / a.kv_heads, head = pair % a.kv_heads;
     const int warp = threadIdx.x / 32 % 4, first = block * BLOCK_KV + warp * SUB;
@@ -285,10 +277,10 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                 }
             top = __reduce_max_sync(FULL, top);
         }
-        const float square = part.largest_square();
+        const float norm = sqrtf(part.largest_square());
         if (threadIdx.x % 32 == 0) {
             tops[warp] = top;
-            norms[warp] = square;
+            atomicMax(a.k_norm + pair, as_bits(norm));
         }
     } else {
         // e4m3, keys in the order in which the attention kernel's registers hold P: of 16 keys,
@@ -372,9 +364,7 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                           (bad_rows[2 * i + 1] | bad_rows[2 * i + 5]) << SUB;
             uint4 *to = reinterpret_cast<uint4 *>(a.k_scale) + static_cast<i64>(index) * 2;
             // Where every row sees the block, its scale says it.
-            const float square = fmaxf(fmaxf(norms[0], norms[1]), fmaxf(norms[2], norms[3]));
-            to[0] = uint4{keys[0] | keys[1] ? 0x7fc00000u : as_bits(scale), 0, 0,
-                          as_bits(sqrtf(square))};
+            to[0] = uint4{keys[0] | keys[1] ? 0x7fc00000u : as_bits(scale), 0, 0, 0};
             to[1] = uint4{as_bits(scale), keys[0], keys[1], 0};
         }
     } else {
@@ -389,15 +379,14 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
 
 /// Grid: all query blocks, then all key blocks. POOL: 0 none, 1 every 16 rows, 2 whole blocks.
 template <int D, class T, int POOL>
-__global__ void __launch_bounds__(THREADS, 2) quantize(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(THREADS, D == 64 ? 3 : 2) quantize(const __grid_constant__ Args a) {
     __shared__ float scratch[8][D];
     __shared__ uint4 image[D * BLOCK_KV / 16];
     __shared__ u32 tops[4], bad_rows[THREADS / 32];
-    __shared__ float norms[THREADS / 32];
     wait_for_predecessor();
     const int q_blocks = a.batch * a.heads * a.q_blocks;
-    if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch, norms);
-    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows, norms);
+    if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch);
+    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows);
 }
 
 }  // namespace sparge

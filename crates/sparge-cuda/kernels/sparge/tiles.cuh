@@ -3,6 +3,7 @@
 #pragma once
 #include "sparge/types.cuh"
 #include "sparge/ptx/mbarrier.cuh"
+#include "sparge/ptx/math.cuh"
 
 namespace sparge {
 
@@ -16,17 +17,19 @@ struct Tile {
     int second_key; // of the second block, -1: there is none
     int flags;
 };
-constexpr int LAST = 1, CUT = 2, EMPTY = 4;
+constexpr int LAST = 1, CUT = 2, EMPTY = 4, FAR = 8;
+/// No score exceeds ‖q‖·‖k‖ (log2 units). Where that may exceed this, tiles are FAR.
+constexpr float MOST_NORM = 4096.f;
 
 template <int D, int STAGES> struct alignas(1024) Smem {
     i8 q[Q_STAGES][BLOCK_Q * D];
     i8 k[STAGES][2][BLOCK_KV * D];
     u8 v[STAGES][2][(D + 8) * BLOCK_KV];  // row D is ones, the rest zeros: it sums P
     Tile tile[STAGES];
-    float k_scale[STAGES][2][4];  // the scale, bits of bad keys, the largest norm
+    float k_scale[STAGES][2][4];  // the scale, bits of bad keys, nothing
     // The producer's own: it has only 24 registers.
-    int index, uncut, base, end, items;
-    float q_norm[Q_STAGES];
+    int index, uncut, base, end, items, far;
+    float norms[Q_STAGES];  // ‖q‖·‖k‖ of the item
     u64 q_full[Q_STAGES], q_empty[Q_STAGES];
     u64 full[STAGES], empty[STAGES];
 };
@@ -84,10 +87,11 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
         Ring<Q_STAGES> q_ring;
         q_ring.count = mine.items;
         mine.items = q_ring.count + 1;
-        const float q_norm = a.q_norm[item.head * a.q_blocks + item.q_block];
+        const float norms = as_float(a.q_norm[item.head * a.q_blocks + item.q_block]) *
+                            as_float(a.k_norm[item.head / (a.heads / a.kv_heads)]);
         mbar_wait(shared_address(&s.q_empty[q_ring.slot()]), q_ring.parity() ^ 1);
         const u32 q_full = shared_address(&s.q_full[q_ring.slot()]);
-        s.q_norm[q_ring.slot()] = q_norm;
+        s.norms[q_ring.slot()] = norms;
         mbar_expect(q_full, BLOCK_Q * D);
         bulk_load(shared_address(s.q[q_ring.slot()]),
                   a.q8 + static_cast<u64>(static_cast<u32>(item.head * a.q_blocks + item.q_block)) *
@@ -100,7 +104,8 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
         mine.end = reachable_blocks(a, min(a.qo_len, (item.q_block + 1) * BLOCK_Q));
         Blocks blocks(a, item, mine.end);
         int b0 = blocks.next();
-        int flags = 0;
+        mine.far = norms <= MOST_NORM ? 0 : FAR;
+        int flags = mine.far;
         do {
             const int b1 = b0 < 0 ? -1 : blocks.next();
             const int upcoming = b1 < 0 ? -1 : blocks.next();
@@ -126,7 +131,7 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
             bulk_load(to + sizeof(s.v[0][0]), a.v8 + static_cast<u64>(i1) * BYTES, BYTES, full);
             ring.next();
             b0 = upcoming;
-            flags = 0;
+            flags = mine.far;
         } while (b0 >= 0);
     }
     mbar_wait(shared_address(&s.empty[ring.slot()]), ring.parity() ^ 1);

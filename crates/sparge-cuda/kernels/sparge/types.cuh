@@ -40,17 +40,17 @@ struct Args {
     i8 *q8;               // [batch, heads, q_blocks] images of 128 x d, swizzled
     float *q_scale;       // [batch, heads, q_blocks * 128], softmax scale and log2(e) included
     float *q_shift;       // the same shape: what the mean of K adds to each row's scores, log2
-    float *q_norm;        // [batch, heads, q_blocks]: largest norm of a row, scaled as q_scale
     i8 *k8;               // [batch, kv_heads, kv_blocks] images of 64 x d, swizzled
     float *k_scale;       // [batch, kv_heads, kv_blocks, 2, 4], of four: the scale, then 64 bits of
-                          // keys whose K or V is not finite (they are stored as 0), the
-                          // largest norm of a key.
+                          // keys whose K or V is not finite (they are stored as 0), nothing.
                           // First for tiles that every row sees, where the scale is NaN if there is
                           // such a key, then for tiles that are cut.
     u8 *v8;               // [batch, kv_heads, kv_blocks] images of d x 64, keys permuted, swizzled
     float *partial;       // [batch, kv_heads, chunks, d] sums of K
     float *k_mean;        // [batch, kv_heads, d]
     u32 *v_amax;          // [batch, kv_heads, d] bits of the largest |v|
+    u32 *k_norm;          // [batch, kv_heads] bits of the largest norm of a key less the mean
+    u32 *q_norm;          // [batch, heads, q_blocks] the same of a query, scaled as q_scale
     u16 *q_pool;          // [batch, heads, q_subs, 2, d] bf16: high part, low part
     u16 *k_pool;          // [batch, kv_heads, kv_subs, 2, d]
     u32 *mask;            // [batch, heads, q_blocks, mask_words]; null: every reachable block
@@ -74,7 +74,7 @@ struct Args {
     Budget budget[MAX_HEADS];
 };
 // src/launch/mod.rs asserts the same size; it orders its fields the same way.
-static_assert(sizeof(Args) == 1368, "Args");
+static_assert(sizeof(Args) == 1376, "Args");
 
 __device__ __forceinline__ int min(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int max(int a, int b) { return a > b ? a : b; }

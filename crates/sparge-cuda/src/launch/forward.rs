@@ -145,10 +145,11 @@ impl Hopper {
         Args {
             counters: at(layout.counters),
             v_amax: at(layout.v_amax),
+            k_norm: at(layout.k_norm),
+            q_norm: at(layout.q_norm),
             q8: at(layout.q8),
             q_scale: at(layout.q_scale),
             q_shift: at(layout.q_shift),
-            q_norm: at(layout.q_norm),
             k8: at(layout.k8),
             k_scale: at(layout.k_scale),
             v8: at(layout.v8),

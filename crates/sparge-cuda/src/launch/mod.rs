@@ -51,13 +51,14 @@ pub(crate) struct Args {
     pub(crate) q8: u64,
     pub(crate) q_scale: u64,
     pub(crate) q_shift: u64,
-    pub(crate) q_norm: u64,
     pub(crate) k8: u64,
     pub(crate) k_scale: u64,
     pub(crate) v8: u64,
     pub(crate) partial: u64,
     pub(crate) k_mean: u64,
     pub(crate) v_amax: u64,
+    pub(crate) k_norm: u64,
+    pub(crate) q_norm: u64,
     pub(crate) q_pool: u64,
     pub(crate) k_pool: u64,
     pub(crate) mask: u64,
@@ -87,10 +88,10 @@ pub(crate) struct Args {
 }
 
 // The size is asserted in types.cuh too.
-const _: () = assert!(size_of::<Args>() == 1368);
+const _: () = assert!(size_of::<Args>() == 1376);
 const _: () = assert!(offset_of!(Args, q8) == 136);
-const _: () = assert!(offset_of!(Args, batch) == 272);
-const _: () = assert!(offset_of!(Args, budget) == 344);
+const _: () = assert!(offset_of!(Args, batch) == 280);
+const _: () = assert!(offset_of!(Args, budget) == 352);
 
 impl Default for Args {
     fn default() -> Self {
@@ -107,13 +108,14 @@ impl Default for Args {
             q8: 0,
             q_scale: 0,
             q_shift: 0,
-            q_norm: 0,
             k8: 0,
             k_scale: 0,
             v8: 0,
             partial: 0,
             k_mean: 0,
             v_amax: 0,
+            k_norm: 0,
+            q_norm: 0,
             q_pool: 0,
             k_pool: 0,
             mask: 0,
