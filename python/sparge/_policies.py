@@ -306,7 +306,8 @@ def _pooled_map(some: Heads, keys: Tensor, gamma: float) -> Tensor:
     sees = some.see.tiles(_WIDE, _WIDE, 0, count)
     p = some.softmax(queries, keys, sees).masked_fill_(~sees, -1.0).flatten(1)
     found = p.sort(dim=-1, descending=True, stable=True)
-    within = found.values.clamp(min=0).double().cumsum(-1) <= gamma * count
+    # As the crate asks it: a NaN sum is never above the limit, and everything is kept.
+    within = ~(found.values.clamp(min=0).double().cumsum(-1) > gamma * count)
     kept = torch.zeros_like(within).scatter_(-1, found.indices, within)
     return kept.unflatten(1, sees.shape) & sees
 
@@ -352,7 +353,8 @@ def _xattention(some: Heads, stride: int, threshold: float) -> _Rows:
         taken = mass.masked_fill(~reachable, 0.0).gather(-1, order)
         before = F.pad(taken.cumsum(-1)[..., :-1], (1, 0))
         kept = torch.zeros_like(mass, dtype=torch.bool)
-        kept.scatter_(-1, order, before < threshold * total)
+        # As the crate asks it: a NaN total reaches no threshold, and everything is kept.
+        kept.scatter_(-1, order, ~(before >= threshold * total))
         return _narrow((kept | forced) & reachable, see)
 
     return rows

@@ -2,7 +2,12 @@
 
 >>> from sparge.spas_sage_attn import spas_sage2_attn_meansim_topk_cuda
 
-What differs from the authors' code (thu-ml/SpargeAttn, 2025-12), everywhere:
+Signatures are those of the authors' ``main`` since ``return_lse`` came (2025): every argument has its
+name and place, so positional calls mean the same. Defaults are theirs but for ``topk`` (0.5, as before
+that; 0.35 there since) and ``output_dtype`` (float16 there). Their ``spas_sage_attn_*`` names, the same
+without "2", are not here.
+
+What differs from the authors' code, everywhere:
 
 * ``is_causal`` masks the elements inside the kernel. The authors' functions mask blocks alone and
   pass ``False`` on: rows see up to 127 later tokens there.
@@ -20,7 +25,9 @@ What differs from the authors' code (thu-ml/SpargeAttn, 2025-12), everywhere:
   name).
 * ``smooth_k=False`` is refused: where keys are quantised they are smoothed, and results differ by
   rounding alone.
-* ``return_sparsity`` is the share of *reachable* blocks that was skipped.
+* ``return_sparsity`` is the share of *reachable* blocks that was skipped. With ``return_lse`` too the
+  result is ``(out, sparsity)`` as there, without the log-sum-exp.
+* ``return_lse`` gives ``(out, lse)``, ``[batch, heads, q_len]`` float32, natural log.
 * CPU tensors work too.
 """
 
@@ -70,6 +77,7 @@ def _call(
     tensor_layout: str,
     config: Config,
     return_sparsity: bool,
+    return_lse: bool,
 ) -> Any:
     if attn_mask is not None:
         raise SpargeError(
@@ -86,10 +94,7 @@ def _call(
         "enable_gqa": q.shape[head] != k.shape[head],
         "config": config,
     }
-    if not return_sparsity:
-        return attention(q, k, v, **options)
-    out, stats = attention(q, k, v, return_stats=True, **options)
-    return out, stats.qk_sparsity()
+    return attention(q, k, v, return_stats=return_sparsity, return_lse=return_lse, **options)
 
 
 def _config(
@@ -115,22 +120,30 @@ def spas_sage2_attn_meansim_topk_cuda(
     scale: Optional[float] = None,
     smooth_k: bool = True,
     simthreshd1: PerHead = -0.1,
+    cdfthreshd: PerHead = None,
     topk: PerHead = 0.5,
     pvthreshd: PerHead = 50,
     attention_sink: bool = False,
     tensor_layout: str = "HND",
     output_dtype: Optional[torch.dtype] = None,
     return_sparsity: bool = False,
+    return_lse: bool = False,
 ) -> Any:
     """Top-k by pooled scores: ``sparge.attention(..., topk=topk, pooling="block")``.
 
     ``attention_sink`` is always on here and accepted for its name's sake.
     """
+    if cdfthreshd is not None:
+        raise SpargeError(
+            "cdfthreshd is given beside topk; call spas_sage2_attn_meansim_cuda for one, or "
+            "sparge.attention(topk=, cdf=) for the union of both"
+        )
     _check_smooth(smooth_k)
     config = _config(topk=topk, theta=simthreshd1, gap=pvthreshd)
     result = _call(
-        q, k, v, attn_mask, dropout_p, is_causal, scale, tensor_layout, config, return_sparsity
-    )
+        q, k, v, attn_mask, dropout_p, is_causal, scale, tensor_layout, config, return_sparsity,
+        return_lse and not return_sparsity,
+    )  # fmt: skip
     return _typed(result, output_dtype)
 
 
@@ -150,13 +163,15 @@ def spas_sage2_attn_meansim_cuda(
     tensor_layout: str = "HND",
     output_dtype: Optional[torch.dtype] = None,
     return_sparsity: bool = False,
+    return_lse: bool = False,
 ) -> Any:
     """Cumulative mass of pooled scores: ``sparge.attention(..., cdf=…, theta=…, pooling="block")``."""
     _check_smooth(smooth_k)
     config = _config(cdf=cdfthreshd, theta=simthreshd1, gap=pvthreshd)
     result = _call(
-        q, k, v, attn_mask, dropout_p, is_causal, scale, tensor_layout, config, return_sparsity
-    )
+        q, k, v, attn_mask, dropout_p, is_causal, scale, tensor_layout, config, return_sparsity,
+        return_lse and not return_sparsity,
+    )  # fmt: skip
     return _typed(result, output_dtype)
 
 
@@ -173,6 +188,7 @@ def block_sparse_sage2_attn_cuda(
     tensor_layout: str = "HND",
     output_dtype: Optional[torch.dtype] = None,
     return_sparsity: bool = False,
+    return_lse: bool = False,
 ) -> Any:
     """A given block mask: ``sparge.block_sparse_attention``.
 
@@ -196,13 +212,15 @@ def block_sparse_sage2_attn_cuda(
         pv_gap=_map(_values("pvthreshd", pvthreshd), lambda x: x * math.log(2)),
         layout=tensor_layout,
         return_stats=return_sparsity,
+        return_lse=return_lse and not return_sparsity,
     )
-    if return_sparsity:
-        result = (result[0], result[1].qk_sparsity())
     return _typed(result, output_dtype)
 
 
 def _typed(result: Any, dtype: Optional[torch.dtype]) -> Any:
-    if dtype is None:
-        return result
-    return (result[0].to(dtype), result[1]) if isinstance(result, tuple) else result.to(dtype)
+    """The output in that type; statistics as the sparsity they say."""
+    out, *more = result if isinstance(result, tuple) else (result,)
+    out = out if dtype is None else out.to(dtype)
+    if not more:
+        return out
+    return out, more[0] if isinstance(more[0], Tensor) else more[0].qk_sparsity()

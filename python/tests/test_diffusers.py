@@ -237,6 +237,14 @@ def test_ring_shards_merge_by_their_log_sum_exp() -> None:
     assert relative_l1(merged.transpose(1, 2), want) < 1e-4
 
 
+def test_a_mask_under_ring_parallelism_is_refused() -> None:
+    q, k, v = (x.transpose(1, 2) for x in qkv(4, 4, q_len=300))
+    parallel = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2))
+    mask = torch.ones(1, 300, dtype=torch.bool)
+    with pytest.raises(sparge.SpargeError, match="ring"):
+        _backend._ring_step(None, q, k, v, mask, return_lse=True, _parallel_config=parallel)
+
+
 def test_the_dispatcher_knows_the_backend() -> None:
     q, k, v = (x.transpose(1, 2) for x in qkv(2, 2, q_len=1100))
     assert "sparge" in {name.value for name in dispatch.AttentionBackendName}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
@@ -148,3 +149,33 @@ def test_comfyui_needs_to_know_layers_and_keeps_full_precision() -> None:
     options = {"skip_reshape": True, "attn_precision": torch.float32}
     got = override(comfy_attention, q, k, v, 4, **options)
     assert torch.equal(got, comfy_attention(q, k, v, 4, **options))
+
+
+def test_authors_positional_calls_mean_the_same() -> None:
+    q, k, v = qkv(2, 2, q_len=600)
+    common = ("q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "smooth_k", "simthreshd1")
+    last = ("pvthreshd", "attention_sink", "tensor_layout", "output_dtype", "return_sparsity", "return_lse")
+    for call, places in (
+        (spas_sage2_attn_meansim_topk_cuda, (*common, "cdfthreshd", "topk", *last)),
+        (spas_sage2_attn_meansim_cuda, (*common, "cdfthreshd", *last)),
+        (block_sparse_sage2_attn_cuda,
+         ("q", "k", "v", "mask_id", "dropout_p", "scale", "smooth_k", *last)),
+    ):  # fmt: skip
+        assert tuple(inspect.signature(call).parameters) == places
+    want, lse = spas_sage2_attn_meansim_topk_cuda(q, k, v, is_causal=True, topk=0.4, pvthreshd=20,
+                                                  return_lse=True)  # fmt: skip
+    got = spas_sage2_attn_meansim_topk_cuda(q, k, v, None, 0.0, True, None, True, -0.1, None, 0.4, 20)
+    assert torch.equal(got, want) and lse.shape == (1, 2, 600)
+    with pytest.raises(sparge.SpargeError, match="cdfthreshd"):
+        spas_sage2_attn_meansim_topk_cuda(q, k, v, None, 0.0, True, None, True, -0.1, 0.9)
+
+
+def test_authors_log_sum_exp() -> None:
+    q, k, v = qkv(2, 2, q_len=600)
+    nhd = [x.transpose(1, 2) for x in (q, k, v)]
+    out, lse = block_sparse_sage2_attn_cuda(*nhd, tensor_layout="NHD", output_dtype=torch.float16,
+                                            return_lse=True)  # fmt: skip
+    assert out.dtype == torch.float16 and lse.dtype == torch.float32
+    assert (lse - exact(q, k, v)[1]).abs().max() < 1e-4
+    _, sparsity = block_sparse_sage2_attn_cuda(q, k, v, return_sparsity=True, return_lse=True)
+    assert sparsity == 0.0

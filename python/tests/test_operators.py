@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -111,3 +112,18 @@ def test_bad_direct_calls_are_refused(change: dict[str, Any], words: str) -> Non
         _ops.attention(**call)
     with pytest.raises(sparge.SpargeError, match=words):
         _ops.attention_full(**call)
+
+
+def test_a_machine_without_what_the_kernels_need_is_served_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(4, 4, q_len=300)
+
+    def on_no_gpu(q: Any, k: Any, v: Any, mask: Any, blocks: Any, lens: Any, settings: str) -> Any:
+        return _cuda._kind(torch.device("cuda", 99), q, k, v, settings, lens, None, False)
+
+    monkeypatch.setattr(_cuda, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_ops, "attention", on_no_gpu)
+    with pytest.raises(NotImplementedError, match="no GPU 99|no NVIDIA driver"):
+        sparge.attention(q, k, v, topk=0.5)
+    with pytest.warns(UserWarning, match="no GPU 99|no NVIDIA driver"):
+        got = sparge.attention(q, k, v, topk=0.5, fallback="dense")
+    assert torch.equal(got, torch.nn.functional.scaled_dot_product_attention(q, k, v))

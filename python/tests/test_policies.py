@@ -3,6 +3,7 @@ are the crate's but for ties that rounding decides."""
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import pytest
@@ -191,3 +192,30 @@ def test_random_draws_as_attention_does_also_where_more_is_kept() -> None:
     everything = sparge.predict(q, k, is_causal=True, policy="dense").tensor.sum()
     assert stats.qk_sparsity() == pytest.approx(1 - float(blocks.tensor.sum() / everything))
     assert blocks.density() > less.density()
+
+
+@pytest.mark.parametrize("where", ["query", "key"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.usefixtures("pieces")
+def test_what_is_not_a_number_is_not_left_out(value: float, where: str) -> None:
+    q, k, _ = qkv(q_len=1300)
+    (q if where == "query" else k)[:, 0, 700, 3] = value
+    for name in ("xattention:0.5", "xattention:0.9,stride=64"):
+        assert differing(q, k, f"policy={name}") == 0
+        assert differing(q, k, f"causal=top_left policy={name}") == 0
+    # The map of pooled probabilities: no sum with a NaN in it reaches the limit.
+    mapped = "layout=HND causal=top_left policy=flexprefill:0.5,tau=1,min=256"
+    kept = _policies.chosen(q, k, None, None, None, mapped)
+    missing = _ops.predict(q, k, None, None, None, mapped) & ~kept
+    assert math.isinf(value) or not missing.any()
+    # Ranks of NaN are nobody's; heads without any are the crate's.
+    for name in ESTIMATES:
+        settings = f"layout=HND causal=top_left policy={name}"
+        got = _policies.chosen(q, k, None, None, None, settings)[:, 2:]
+        assert int((got != _ops.predict(q, k, None, None, None, settings)[:, 2:]).sum()) <= 2
+
+
+def test_zeros_are_the_crates() -> None:
+    zeros = torch.zeros(1, 2, 1300, 64)
+    for name in ESTIMATES:
+        assert differing(zeros, zeros, f"causal=top_left policy={name}") == 0

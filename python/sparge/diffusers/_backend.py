@@ -163,6 +163,12 @@ def _ring_step(
         parts = result if return_lse else (result,)
         parts = tuple(x.contiguous() for x in parts)
         return parts if return_lse else parts[0]
+    if attn_mask is not None:
+        # It is the local shard's, and the keys are those of every rank in turn.
+        raise SpargeError(
+            "attn_mask under ring context parallelism would hide the wrong keys of other ranks; pass "
+            "no mask, or ring_degree=1 (ulysses_degree alone)"
+        )
     layer = _running.layer
     config = Config() if layer is None else layer.config()
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
