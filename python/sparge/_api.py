@@ -95,19 +95,22 @@ def attention(
         topk is None and cdf is None and theta is None and pv_gap is None and policy is None
         and window is None and key_lengths is None and keep_keys is None
         and keep_queries is None and config is None and calibration is None
-        and layout == "HND"
+        and layout == "HND" and (fallback is None or fallback == "dense")
         and not (return_lse or return_stats or dropout_p)
     ):  # fmt: skip
         # Short calls with the defaults, without the price of everything below.
         if _is_torch(query) and _torch.is_plain_and_short(
             query, key, value, attn_mask, is_causal, enable_gqa
         ):
-            if causal_alignment == "top_left" or query.shape[2] == key.shape[2]:
+            if causal_alignment == "top_left" or (
+                causal_alignment == "bottom_right" and query.shape[2] == key.shape[2]
+            ):
                 return _torch.sdpa(
                     query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
                 )
     if fallback not in (None, "dense"):
         raise ValueError(f"fallback is {fallback!r}, expected None or 'dense'")
+    _check_said(config, causal_alignment)
     if calibration is not None:
         config = _merged(config, calibration)
     if _is_torch(query):
@@ -168,6 +171,7 @@ def block_sparse_attention(
     −inf. ``pv_gap`` defaults to 6, as everywhere; ``inf`` turns stage 2 off. The other arguments,
     the results and the errors are those of :func:`attention`.
     """
+    _check_said(None, causal_alignment)
     mask = block_mask.tensor if isinstance(block_mask, BlockMask) else block_mask
     config = Config(topk=1.0, pv_gap=pv_gap)
     if _is_torch(query):
@@ -209,7 +213,12 @@ def predict(
     config: Optional[Config] = None,
     calibration: Optional[Config] = None,
 ) -> BlockMask:
-    """Stage 1 alone: the blocks :func:`attention` would compute with the same arguments."""
+    """Stage 1 alone: the blocks :func:`attention` would compute with the same arguments.
+
+    It has no ``keep_keys`` and ``keep_queries``, whose blocks attention adds to these, and no
+    ``enable_gqa``: heads are a multiple of kv_heads without being told.
+    """
+    _check_said(config, causal_alignment)
     causal = causal_alignment if is_causal else None
     if calibration is not None:
         config = _merged(config, calibration)
@@ -286,6 +295,16 @@ def tune(
         ) from error
 
     return _recorded.tune(calls, l1, l2, is_causal, scale, name, progress, config, knobs)
+
+
+def _check_said(config: Any, causal_alignment: str) -> None:
+    """Whatever the length, the framework and the device."""
+    if config is not None and not isinstance(config, Config):
+        raise TypeError(f"config is {type(config).__name__}, expected a sparge.Config")
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise SpargeError(
+            f"causal_alignment is {causal_alignment!r}, expected 'top_left' or 'bottom_right'"
+        )
 
 
 def _merged(config: Optional[Config], calibration: Any) -> Config:

@@ -145,6 +145,8 @@ class _Maker:
         numpy = sys.modules.get("numpy")
         self._is_numpy = numpy is not None and isinstance(like, numpy.ndarray)
         self._like = like
+        # Asked before anything is computed.
+        self._from_dlpack = None if self._is_numpy else _from_dlpack(like)
 
     def new(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
         """A new array and its address."""
@@ -162,15 +164,20 @@ class _Maker:
         """The array as the caller's framework knows it."""
         if self._is_numpy:
             return array
-        space = getattr(self._like, "__array_namespace__", None)
-        module = space() if space else sys.modules.get(type(self._like).__module__.split(".")[0])
-        from_dlpack = getattr(module, "from_dlpack", None)
-        if from_dlpack is None:
-            raise TypeError(
-                f"{type(self._like).__name__} has no __array_namespace__ with from_dlpack, so the "
-                "result cannot be of its kind; pass numpy arrays or torch tensors"
-            )
-        return from_dlpack(array)
+        return self._from_dlpack(array)
+
+
+def _from_dlpack(like: Any) -> Any:
+    """How an array's framework takes a result."""
+    space = getattr(like, "__array_namespace__", None)
+    module = space() if space else sys.modules.get(type(like).__module__.split(".")[0])
+    from_dlpack = getattr(module, "from_dlpack", None)
+    if from_dlpack is None:
+        raise TypeError(
+            f"{type(like).__name__} has no __array_namespace__ with from_dlpack, so the result cannot "
+            "be of its kind; pass numpy arrays or torch tensors"
+        )
+    return from_dlpack
 
 
 def _threads() -> int:

@@ -220,7 +220,13 @@ def settings_text(
         words.append(f"sink_blocks={int(sink_blocks)}")
     for name, kept in (("keep_keys", keep_keys), ("keep_queries", keep_queries)):
         if kept:
-            words.append(name + "=" + ",".join(f"{int(a)}:{int(b)}" for a, b in kept))
+            try:
+                ranges = [f"{int(start)}:{int(end)}" for start, end in kept]
+            except (TypeError, ValueError):
+                raise SpargeError(
+                    f"{name} is {kept!r}, expected token ranges ((from, to), …)"
+                ) from None
+            words.append(name + "=" + ",".join(ranges))
     text = config.text()
     return " ".join(words) + (" " + text if text else "")
 

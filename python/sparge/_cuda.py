@@ -293,7 +293,7 @@ def _keep_more(words: Tensor, settings: str) -> None:
         about = (words.device.index, words.shape[3], keys)
         found = _kept.get(about)
         if found is None:
-            kept = torch.zeros(1, 1, 1, words.shape[3] * 32, dtype=torch.bool)
+            kept = torch.zeros(1, 1, 1, words.shape[3] * 32, dtype=torch.bool, device="cpu")
             for start, end in _ranges(keys):
                 kept[..., start // 64 : -(-end // 64)] = True
             found = _kept[about] = pack(kept, words.shape[3]).to(words.device)

@@ -21,7 +21,8 @@ sdpa = F.scaled_dot_product_attention
 def host_lengths(lengths: Union[Tensor, Sequence[int]], query: Tensor) -> Tensor:
     """On the host: they decide the shape of the work. A tensor on a GPU makes the host wait."""
     device = "meta" if query.is_meta else "cpu"
-    given = torch.as_tensor(lengths)
+    # Numbers belong on the CPU, whatever torch's default device is.
+    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
         raise SpargeError(f"key_lengths is {given.dtype}, expected integers, one per batch entry")
     return given.to(device, torch.int64)

@@ -11,7 +11,9 @@ import torch
 from . import _ops
 from ._config import DENSE, Config, per_head, settings_text
 from ._dense import DenseOptions, Window, dense, host_lengths, sdpa
+from ._checks import check, check_dims, check_fit, check_kinds, same_device
 from ._mask import BlockMask
+from ._ops_shapes import DTYPES, MAX_DIM
 from ._sparge import SpargeError
 from ._types import Quantized, Stats
 
@@ -129,6 +131,7 @@ def attention(
     fallback: Optional[str],
 ) -> Any:
     """`sparge.attention` on torch tensors."""
+    check_kinds(key, value, attn_mask, block_mask)
     causal = causal_alignment if is_causal else None
     if query.ndim == 3:
         query, key, value = (x.unsqueeze(1 if layout == "HND" else 2) for x in (query, key, value))
@@ -140,7 +143,7 @@ def attention(
             config, fallback,
         )  # fmt: skip
         return _without_heads(one, layout, return_lse)
-    _check_dims(query, key, value)
+    check_dims(query, key, value)
     q_len, kv_len = _lens(query, key, layout)
     # Not asked for tuned calls: compiled graphs guard on lengths that were asked about.
     is_untuned = (
@@ -154,8 +157,8 @@ def attention(
         keep_queries, is_short,
     )  # fmt: skip
     try:
-        _check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
-        _same_device(query, block_mask, "block_mask")
+        check(query, key, value, dropout_p, is_causal, attn_mask, enable_gqa, layout)
+        same_device(query, block_mask, "block_mask")
         query, key, value = _one_batch(query, key, value)
         if leaves and _is_short(query, q_len, kv_len, leaves, causal, window):
             # What is kept anyway changes nothing where everything is.
@@ -163,7 +166,10 @@ def attention(
             plain = not extras and block_mask is None and key_lengths is None
             if plain and (causal != "bottom_right" or q_len == kv_len):
                 # The crossover: below it the default is exact attention, and SDPA is exact.
+                check_fit(query, key, value, attn_mask, layout)
                 short = (query, key, value)
+                if attn_mask is not None and attn_mask.dtype != torch.bool:
+                    attn_mask = attn_mask.to(query.dtype)
                 if layout == "NHD":
                     short = tuple(x.transpose(1, 2) for x in short)  # type: ignore[assignment]
                 out = sdpa(
@@ -206,23 +212,36 @@ def is_plain_and_short(
     is_causal: bool,
     enable_gqa: bool,
 ) -> bool:
-    """Whether a call with the defaults is one that SDPA serves, and nothing is wrong with it."""
+    """Whether a call with the defaults is one that SDPA serves, and nothing is wrong with it: what has
+    anything unusual goes the long way, where it is looked at."""
+    shape, keys, dtype = query.shape, key.shape, query.dtype
     return (
-        query.ndim == 4
+        key.dtype is dtype and value.dtype is dtype and dtype in DTYPES
+        and len(shape) == 4 and len(keys) == 4
+        and shape[0] == keys[0] and (shape[1] == keys[1] or enable_gqa and keys[1] and shape[1] % keys[1] == 0)
+        and shape[3] == keys[3] and 0 < shape[3] <= MAX_DIM
+        # An ordinary value has the key's sizes.
+        and value.shape == keys
         and (query.is_cpu or query.is_cuda)
-        and (enable_gqa or query.shape[1] == key.shape[1])
-        and key.shape[2] < (CPU_MIN_LEN if query.is_cpu else CUDA_MIN_REACH)
+        and keys[2] < (CPU_MIN_LEN if query.is_cpu else CUDA_MIN_REACH)
         and key.device == value.device == query.device
         and not (query.requires_grad or key.requires_grad or value.requires_grad)
         and not (is_causal and attn_mask is not None)
-        and query.shape[0] == key.shape[0] == value.shape[0]
-        and (
-            attn_mask is None
-            or attn_mask.dtype in (torch.bool, query.dtype)
-            and attn_mask.device == query.device
-            and not attn_mask.requires_grad
-        )
-    )
+        and (attn_mask is None or _is_plain_mask(attn_mask, query, shape[2], keys[2]))
+    )  # fmt: skip
+
+
+def _is_plain_mask(mask: Tensor, query: Tensor, q_len: int, kv_len: int) -> bool:
+    shape, dtype = mask.shape, mask.dtype
+    return (
+        (dtype is torch.bool or dtype is query.dtype)
+        and 2 <= len(shape) <= 4
+        and shape[-1] in (1, kv_len) and shape[-2] in (1, q_len)
+        and (len(shape) < 3 or shape[-3] in (1, query.shape[1]))
+        and (len(shape) < 4 or shape[0] in (1, query.shape[0]))
+        and mask.device == query.device
+        and not mask.requires_grad
+    )  # fmt: skip
 
 
 def _is_short(
@@ -276,73 +295,6 @@ def _one_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     return query, key, value
 
 
-def _same_device(query: Tensor, tensor: Optional[Tensor], name: str) -> None:
-    if tensor is not None and tensor.device != query.device:
-        raise SpargeError(
-            f"query is on {query.device} and {name} on {tensor.device}; "
-            "they must be on one device"
-        )
-
-
-def _check_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise SpargeError(
-            f"query, key and value have {query.ndim}, {key.ndim} and {value.ndim} dimensions, "
-            "expected 4 each (or 3: batch, tokens, dim)"
-        )
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    attn_mask: Optional[Tensor],
-    enable_gqa: bool,
-    layout: str,
-) -> None:
-    """Refuses what the operator does not do."""
-    if dropout_p:
-        raise SpargeError(
-            f"dropout_p is {dropout_p}, expected 0: this is inference; call model.eval()"
-        )
-    if (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ) and torch.is_grad_enabled():
-        raise SpargeError(
-            "query, key or value requires gradients, and there is no backward pass; "
-            "run under torch.no_grad() or torch.inference_mode()"
-        )
-    if attn_mask is not None:
-        if is_causal:
-            raise SpargeError(
-                "is_causal cannot be combined with attn_mask: put the diagonal into the mask"
-            )
-        if attn_mask.requires_grad and torch.is_grad_enabled():
-            raise SpargeError(
-                "attn_mask requires gradients, and there is no backward pass; "
-                "run under torch.no_grad() or torch.inference_mode()"
-            )
-        _same_device(query, attn_mask, "attn_mask")
-    if layout != "HND" and layout != "NHD":
-        raise SpargeError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
-    heads = 1 if layout == "HND" else 2
-    if not enable_gqa and query.shape[heads] != key.shape[heads]:
-        raise SpargeError(
-            f"query has {query.shape[heads]} heads and key {key.shape[heads]}; "
-            "pass enable_gqa=True for grouped-query attention"
-        )
-    device = query.device
-    if key.device != device or value.device != device:
-        raise SpargeError(
-            f"query is on {device}, key on {key.device}, value on {value.device}; "
-            "they must be on one device"
-        )
-    if not (query.is_cpu or query.is_cuda or query.is_meta):
-        raise SpargeError(f"the tensors are on {device}, expected the CPU or a CUDA GPU")
-
-
 def _element_mask(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
     """SDPA's mask as the operator takes it: 4-d, bool or float32, the last two sizes full."""
     if mask.dtype != torch.bool:
@@ -384,8 +336,9 @@ def predict(
     key_lengths: Any,
 ) -> BlockMask:
     """`sparge.predict` on torch tensors."""
-    _check_dims(query, key, key)
-    _check(query, key, key, 0.0, causal is not None, attn_mask, True, layout)
+    check_kinds(key, key, attn_mask)
+    check_dims(query, key, key)
+    check(query, key, key, 0.0, causal is not None, attn_mask, True, layout)
     q_len, kv_len = _lens(query, key, layout)
     text, _ = _kept_settings(
         config, kv_len, knobs["topk"], knobs["cdf"], knobs["theta"], None, knobs["policy"], layout,

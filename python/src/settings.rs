@@ -263,9 +263,15 @@ fn window(value: &str) -> PyResult<Window> {
 
 /// The command's words: QxK, QxK+var, each also with +Nrows.
 fn pooling(value: &str) -> PyResult<Pooling> {
+    let refused = || {
+        let expected = "block, sub_block, second_order, mixed, or QxK, for instance 16x16, with +var \
+                        for second order, +2rows for samples";
+        bad("pooling", value, expected)
+    };
+    let size = |x: &str| x.parse::<usize>().map_err(|_| refused());
     let (pooled, sampled_rows) =
         match value.strip_suffix("rows").and_then(|rest| rest.rsplit_once('+')) {
-            Some((pooled, rows)) => (pooled, number("pooling", rows)?),
+            Some((pooled, rows)) => (pooled, size(rows)?),
             None => (value, 0),
         };
     let (sizes, second_order) = match pooled.strip_suffix("+var") {
@@ -273,10 +279,9 @@ fn pooling(value: &str) -> PyResult<Pooling> {
         None => (pooled, false),
     };
     let Some((q, kv)) = sizes.split_once('x') else {
-        let expected = "QxK, for instance 16x16, with +var for second order, +2rows for samples";
-        return Err(bad("pooling", value, expected));
+        return Err(refused());
     };
-    let (q_rows, kv_rows) = (number("pooling", q)?, number("pooling", kv)?);
+    let (q_rows, kv_rows) = (size(q)?, size(kv)?);
     Ok(Pooling { q_rows, kv_rows, second_order, sampled_rows })
 }
 

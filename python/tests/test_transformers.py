@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +384,68 @@ def test_names_have_settings_of_their_own() -> None:
     assert relative_l1(logits(model, "sparge_dense", ids), dense) < 1e-5
     assert relative_l1(logits(model, "sparge_half", ids), dense) > 1e-4
     assert relative_l1(logits(model, "sparge_dense", ids), dense) < 1e-5
+
+
+def test_decoding_with_sinks_is_dense() -> None:
+    q, k, v = qkv(4, 2, q_len=8, kv_len=900)
+    sinks, mask = torch.randn(4), torch.ones(1, 1, 8, 900, dtype=torch.bool).tril(892)
+    outs = [
+        ours._attention_forward(ours.Schedule(config), Module(True), q, k, v, mask, s_aux=sinks)[0]
+        for config in (sparge.Config(topk=0.1, keep_local=0), sparge.Config(policy="dense"))
+    ]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_compiled_model_selects_as_the_eager_one(
+    is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = llama(), tokens(1, 700)
+    ours.configure(model, topk=0.3)
+    want = logits(model, "sparge", ids)
+    if is_old:  # as torch before 2.14 answers
+        monkeypatch.setattr(transformers.masking_utils, "is_torchdynamo_exporting", lambda: True)
+    patterns = []
+
+    def seen(*arguments: Any) -> Any:
+        result = pattern(*arguments)
+        patterns.append(result[2])
+        return result
+
+    pattern = ours._pattern
+    monkeypatch.setattr(ours, "_pattern", seen)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    got = compiled(ids).logits
+    assert relative_l1(got, want) < 1e-5
+    assert patterns and all(x is not None for x in patterns)
+    assert relative_l1(got, logits(model, "sdpa", ids)) > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_dense_instead_of_sparse_on_a_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "_is_on_gpu", lambda query: True)
+    monkeypatch.setattr(ours, "_warned", set())
+    q, k, v = qkv(4, 2, q_len=100)
+    mask = torch.ones(1, 1, 100, 100, dtype=torch.bool).tril()
+    mask[..., :30, :30] = True  # a prefix
+    sparse, module = ours.Schedule(sparge.Config(topk=0.5)), Module(True)
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+
+    def call(schedule: ours.Schedule) -> torch.Tensor:
+        return ours._attention_forward(schedule, module, q, k, v, mask)[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(ours.Schedule())
+        call(ours.Schedule(sparge.Config(policy="dense")))
+    with pytest.warns(UserWarning, match="the mask is not causal"):
+        want = call(sparse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        call(sparse)
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="under torch.compile"):
+        got = torch.compile(call, backend="eager", fullgraph=True)(sparse)
+    assert relative_l1(got, want) < 1e-6

@@ -120,7 +120,8 @@ def _boxes_of(ids: Tensor) -> "tuple[Box, ...]":
     boxes = []
     for image in places[:, 1:3].split(lengths.tolist()):
         height, width = (int(n) for n in image[-1] - image[0] + 1)
-        grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(-1, 2)
+        sides = (torch.arange(n, device="cpu") for n in (height, width))
+        grid = torch.cartesian_prod(*sides).view(-1, 2)
         if not torch.equal(image - image[0], grid):
             raise SpargeError(
                 "img_ids are not (image, row, column) of whole images row by row, which order needs; "

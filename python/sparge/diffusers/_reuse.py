@@ -10,6 +10,7 @@ import torch
 
 from .. import _ops, _torch
 from .._api import attention
+from .._checks import check
 from .._config import Config, settings_text
 from .._mask import BLOCK_Q
 from .._sparge import SpargeError
@@ -78,7 +79,7 @@ class _Share:
     def __init__(self, value: Tensor) -> None:
         self._host, self._done = value, None
         if value.is_cuda:
-            self._host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._host = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=True)
             self._host.copy_(value, non_blocking=True)
             self._done = torch.cuda.current_stream(value.device).record_event()
 
@@ -121,7 +122,7 @@ class Masks:
     ) -> Tensor:
         """`sparge.attention`, with an earlier step's mask where there is one that still holds."""
         place = self._place()
-        _torch._check(query, key, value, 0.0, False, None, False, "HND")
+        check(query, key, value, 0.0, False, None, False, "HND")
         if _predicts_nothing(config, query, key):
             options: Any = {"config": config, "scale": scale, "keep_keys": keep_keys}
             return attention(query, key, value, **options)  # type: ignore[no-any-return]

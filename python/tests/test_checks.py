@@ -1,0 +1,132 @@
+"""What is refused is refused at every length, and by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import sparge
+import torch
+from common import qkv
+
+# The default: SDPA itself up to a length, the operator from there on.
+LENGTHS = (300, 2100)
+
+
+def refused(match: str, *tensors: Any, **options: Any) -> None:
+    for more in ({}, {"topk": 0.5}):
+        with pytest.raises((sparge.SpargeError, NotImplementedError), match=match):
+            sparge.attention(*tensors, **options, **more)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_types_and_sizes(length: int, layout: str) -> None:
+    q, k, v = qkv(2, 2, q_len=length, dim=16)
+    cut = v[:, :, :-1]
+    wide = torch.zeros(1, 2, length, 300)
+    calls = (
+        ("dtype is torch.float64", [x.double() for x in (q, k, v)]),
+        ("must be the same", [q, k.half(), v]),
+        ("300 tokens|2100 tokens|kv_len differs", [q, k, cut]),
+        ("head dim|head_dim", [wide, wide, v]),
+        ("head dim|head_dim", [q, k, wide]),
+        ("head dim|head_dim|key", [q, k[..., :8], v]),
+    )
+    for match, tensors in calls:
+        if layout == "NHD":
+            tensors = [x.transpose(1, 2) for x in tensors]
+        refused(match, *tensors, layout=layout)
+    three = torch.zeros(1, 3, length, 16)
+    refused("multiple", three, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_masks(length: int) -> None:
+    q, k, v = qkv(2, 2, q_len=length, dim=16)
+    for mask in (
+        torch.ones(length, length, dtype=torch.int64), torch.ones(length, length - 1, dtype=torch.bool),
+        torch.zeros(3, 1, 1, length), torch.ones(1, 1, 1, 1, length, dtype=torch.bool),
+        torch.ones(1, 3, 1, length, dtype=torch.bool),
+    ):  # fmt: skip
+        refused("mask", q, k, v, attn_mask=mask)
+    # A float mask of another type means the same at every length.
+    bias = torch.randn(1, 1, 1, length)
+    dense = sparge.attention(q, k, v, bias)
+    assert torch.allclose(sparge.attention(q, k, v, bias.double()), dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_words(length: int) -> None:
+    q, k, v = qkv(2, 2, q_len=length, dim=16)
+    refused("causal_alignment", q, k, v, is_causal=True, causal_alignment="bogus")
+    refused("causal_alignment", q, k, v, causal_alignment="bogus")
+    for options in ({}, {"topk": 0.5}):
+        with pytest.raises(ValueError, match="fallback"):
+            sparge.attention(q, k, v, fallback="bogus", **options)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_frameworks_do_not_mix(length: int) -> None:
+    q, k, v = qkv(2, 2, q_len=length, dim=16)
+    blocks = np.ones((1, 1, -(-length // 128), -(-length // 64)), bool)
+    mask = np.ones((length, length), bool)
+    for options in ({}, {"topk": 0.5}):
+        with pytest.raises(TypeError, match="key numpy.ndarray"):
+            sparge.attention(q, k.numpy(), v, **options)
+        with pytest.raises(TypeError, match="value numpy.ndarray"):
+            sparge.attention(q, k, v.numpy(), **options)
+        with pytest.raises(TypeError, match="attn_mask numpy.ndarray"):
+            sparge.attention(q, k, v, mask, **options)
+        with pytest.raises(TypeError, match="key numpy.ndarray"):
+            sparge.predict(q, k.numpy(), **options)
+    with pytest.raises(TypeError, match="block_mask numpy.ndarray"):
+        sparge.block_sparse_attention(q, k, v, blocks)
+
+
+def test_settings_by_name() -> None:
+    q, k, v = qkv(2, 2, q_len=300, dim=16)
+    for call in (sparge.attention, lambda q, k, v, **options: sparge.predict(q, k, **options)):
+        with pytest.raises(TypeError, match="config is dict"):
+            call(q, k, v, config={"topk": 0.5})
+    for name in ("keep_keys", "keep_queries"):
+        with pytest.raises(sparge.SpargeError, match=f"{name} is .0, 100., expected token ranges"):
+            sparge.attention(q, k, v, topk=0.5, **{name: (0, 100)})
+    for pooling in ("x", "16x", "16x16+rows", "bogus"):
+        with pytest.raises(sparge.SpargeError, match=f'pooling is "{pooling}"'.replace("+", ".")):
+            sparge.attention(q, k, v, config=sparge.Config(topk=0.5, pooling=pooling))
+
+
+def test_arrays_without_a_way_back_are_refused_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Foreign:
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.array.__dlpack__()
+
+        def __dlpack_device__(self) -> Any:
+            return self.array.__dlpack_device__()
+
+    def computed(*arguments: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(sparge._sparge, "attend", computed)
+    arrays = [Foreign(x.numpy()) for x in qkv(2, 2, q_len=100, dim=16)]
+    with pytest.raises(TypeError, match="__array_namespace__"):
+        sparge.attention(*arrays)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    from sparge.diffusers import _grids
+
+    q, k, v = qkv(2, 2, q_len=300, dim=16, batch=2)
+    want = sparge.attention(q, k, v, key_lengths=[300, 100], topk=0.5)
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(6))
+    with torch.device("meta"):
+        got = sparge.attention(q, k, v, key_lengths=[300, 100], topk=0.5)
+        boxes = _grids._boxes_of(places)
+    assert torch.equal(got, want) and boxes == ((1, 4, 6),)
