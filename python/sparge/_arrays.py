@@ -146,7 +146,7 @@ class _Maker:
         self._is_numpy = numpy is not None and isinstance(like, numpy.ndarray)
         self._like = like
         # Asked before anything is computed.
-        self._from_dlpack = None if self._is_numpy else _from_dlpack(like)
+        self._from_dlpack: Any = None if self._is_numpy else _from_dlpack(like)
 
     def new(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
         """A new array and its address."""

@@ -218,7 +218,7 @@ def is_plain_and_short(
     return (
         key.dtype is dtype and value.dtype is dtype and dtype in DTYPES
         and len(shape) == 4 and len(keys) == 4
-        and shape[0] == keys[0] and (shape[1] == keys[1] or enable_gqa and keys[1] and shape[1] % keys[1] == 0)
+        and shape[0] == keys[0] and (shape[1] == keys[1] or enable_gqa and keys[1] > 0 and shape[1] % keys[1] == 0)
         and shape[3] == keys[3] and 0 < shape[3] <= MAX_DIM
         # An ordinary value has the key's sizes.
         and value.shape == keys

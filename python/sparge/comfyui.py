@@ -1,7 +1,7 @@
 """ComfyUI: a node that makes a diffusion model's self-attention sparse.
 
-Copy or link this file into ``ComfyUI/custom_nodes/`` (with ``sparge`` installed in ComfyUI's
-Python); the node is *Sparge Attention* under *model patches*. Or patch a model from code:
+With ``sparge`` installed in ComfyUI's Python, copy this file into ``ComfyUI/custom_nodes/`` as
+``sparge_attention.py`` (any name but ``sparge.py``) and restart ComfyUI; the node is *Sparge Attention* under *model patches*. Or patch a model from code:
 
 >>> from sparge.comfyui import patch
 >>> model = patch(model, topk=0.5, dense_steps=2)
@@ -27,18 +27,25 @@ class Override:
 
     Self-attention of at least ``MIN_TOKENS`` tokens without a mask becomes sparse; everything else
     (cross-attention, masks, short sequences, dense steps and layers, calls that ask for full
-    precision) goes to ComfyUI's function unchanged. ComfyUI does not say which tokens of a joint
-    sequence are text: they compete with the image's, so leave room (a higher ``topk``) for them.
+    precision) goes to ComfyUI's function unchanged. Where ComfyUI says which tokens of a joint sequence
+    are the image's (``img_slice``: the single blocks of Flux and models like it), the others, text, attend
+    everything and every query attends them. Elsewhere (double blocks) they compete with the image's, so
+    leave room (a higher ``topk``) for them.
+
+    ``dense_layers`` counts the double blocks, then the single ones, whose ``block_index`` begins anew.
     """
 
     def __init__(self, config: Config, dense_steps: int = 0, dense_layers: int = 0) -> None:
         self.config = config
         self.dense_steps = dense_steps
         self.dense_layers = dense_layers
+        # Blocks of the first list, as ComfyUI said while they ran.
+        self._doubles = 0
 
     def __call__(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, heads = args[:4] if len(args) >= 4 else _named(args, kwargs)
         options = kwargs.get("transformer_options") or {}
+        layer = self._layer(options)
         mask = args[4] if len(args) > 4 else kwargs.get("mask")
         skip_reshape = kwargs.get("skip_reshape", False)
         tokens = 2 if skip_reshape else 1
@@ -50,25 +57,36 @@ class Override:
             and kwargs.get("low_precision_attention", True)
             and kwargs.get("attn_precision") != torch.float32
             and len(args) <= 5
-            and not self._is_dense(options)
+            and not self._is_dense(options, layer)
         )
         if not is_ours:
             return func(*args, **kwargs)
         if not skip_reshape:
             q, k, v = (x.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for x in (q, k, v))
+        text = _text(options, length)
         out: Tensor = attention(
             q, k, v,
             scale=kwargs.get("scale"),
             enable_gqa=bool(kwargs.get("enable_gqa", False)) or k.shape[1] != q.shape[1],
             config=self.config,
+            keep_keys=text,
+            keep_queries=text,
             fallback="dense",
         )  # fmt: skip
         if kwargs.get("skip_output_reshape", False):
             return out
         return out.transpose(1, 2).flatten(2)
 
-    def _is_dense(self, options: "dict[str, Any]") -> bool:
-        layer = options.get("block_index")
+    def _layer(self, options: "dict[str, Any]") -> Optional[int]:
+        """The block's place among all of the model's."""
+        index = options.get("block_index")
+        if index is None:
+            return None
+        if options.get("block_type") == "double":
+            self._doubles = max(self._doubles, options.get("total_blocks") or index + 1)
+        return int(index) + (self._doubles if options.get("block_type") == "single" else 0)
+
+    def _is_dense(self, options: "dict[str, Any]", layer: Optional[int]) -> bool:
         if self.dense_layers:
             if layer is None:
                 raise SpargeError(
@@ -83,6 +101,16 @@ class Override:
 def _named(args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> "tuple[Any, ...]":
     names = ("q", "k", "v", "heads")
     return tuple(args) + tuple(kwargs[name] for name in names[len(args) :])
+
+
+def _text(options: "dict[str, Any]", length: int) -> "Optional[tuple[tuple[int, int], ...]]":
+    """The ranges of tokens that are not the image's; None where ComfyUI does not say, or speaks of
+    another sequence."""
+    said = options.get("img_slice")
+    if said is None or len(said) != 2 or not 0 <= said[0] < said[1] <= length:
+        return None
+    ranges = ((0, int(said[0])), (int(said[1]), length))
+    return tuple((start, end) for start, end in ranges if start < end) or None
 
 
 def _step(options: "dict[str, Any]") -> int:

@@ -179,3 +179,38 @@ def test_authors_log_sum_exp() -> None:
     assert (lse - exact(q, k, v)[1]).abs().max() < 1e-4
     _, sparsity = block_sparse_sage2_attn_cuda(q, k, v, return_sparsity=True, return_lse=True)
     assert sparsity == 0.0
+
+
+def test_comfyui_keeps_the_text_that_it_is_told_of() -> None:
+    q, k, v = qkv(4, 4, q_len=1200, dim=32)
+    override = comfyui.Override(sparge.Config(topk=0.3))
+    flags = {"skip_reshape": True, "skip_output_reshape": True}
+    plain = sparge.attention(q, k, v, topk=0.3)
+    for img_slice, text in (
+        ([200, 1200], ((0, 200),)), ([0, 1000], ((1000, 1200),)), ([0, 1200], None),
+        ([200, 1300], None), (None, None),
+    ):  # fmt: skip
+        options = {"block_type": "single", "block_index": 0, "img_slice": img_slice}
+        got = override(comfy_attention, q, k, v, 4, transformer_options=options, **flags)
+        want = sparge.attention(q, k, v, topk=0.3, keep_keys=text, keep_queries=text)
+        assert torch.equal(got, want) and torch.equal(got, plain) == (text is None)
+
+
+def test_comfyui_counts_blocks_across_both_lists() -> None:
+    q, k, v = qkv(4, 4, q_len=1200, dim=32)
+    flags = {"skip_reshape": True, "skip_output_reshape": True}
+    dense, sparse = comfy_attention(q, k, v, 4, **flags), sparge.attention(q, k, v, topk=0.3)
+
+    def is_dense(override: comfyui.Override, kind: str, index: int, total: int) -> bool:
+        options = {"block_type": kind, "block_index": index, "total_blocks": total}
+        got = override(comfy_attention, q, k, v, 4, transformer_options=options, **flags)
+        assert torch.equal(got, dense) or torch.equal(got, sparse)
+        return torch.equal(got, dense)
+
+    override = comfyui.Override(sparge.Config(topk=0.3), dense_layers=4)
+    blocks = [("double", i, 3) for i in range(3)] + [("single", i, 6) for i in range(6)]
+    for _ in range(2):  # steps
+        assert [is_dense(override, *block) for block in blocks] == [True] * 4 + [False] * 5
+    # A model with one list alone.
+    override = comfyui.Override(sparge.Config(topk=0.3), dense_layers=2)
+    assert [is_dense(override, "single", i, 6) for i in range(3)] == [True, True, False]
