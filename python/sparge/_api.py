@@ -88,8 +88,9 @@ def attention(
 
     Raises ``SpargeError`` (a ``ValueError``) for what cannot be served: dropout, inputs that
     require gradients, other types or devices, masks that do not fit, settings out of range;
-    ``NotImplementedError`` for what only the CPU does. With ``fallback="dense"`` such a torch call
-    runs as exact SDPA instead, with one warning per reason.
+    ``TypeError`` for arguments of the wrong kind; ``NotImplementedError`` for what only the CPU does,
+    or a machine without a GPU that has kernels, its driver or NVRTC. With ``fallback="dense"`` such a
+    torch call runs as exact SDPA instead, with one warning per reason.
     """
     if (
         topk is None and cdf is None and theta is None and pv_gap is None and policy is None

@@ -46,7 +46,9 @@ class Config:
       pooling and no stage 2 (the masks of the authors' code, their bugs aside); and the methods of
       `sparge::policy`, for comparison: ``"window:1024"``, ``"random:0.5"``, ``"minference"``,
       ``"flexprefill:0.95"``, ``"xattention:0.9,stride=8"``, … On CUDA tensors torch operations choose
-      their blocks, the CPU's but for near-ties (``"random"`` is drawn on the host, which waits).
+      their blocks, the CPU's but for near-ties (``"random"`` is drawn on the host, which waits). Under
+      ``torch.use_deterministic_algorithms(True)`` some versions of torch refuse the sums of
+      ``"flexprefill"`` and ``"xattention"`` on CUDA.
 
     * ``min_kv_len``: calls with fewer keys run dense. Default: never, for knobs that are set.
 

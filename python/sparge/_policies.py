@@ -3,7 +3,8 @@
 What each method keeps is said at `sparge::policy::Policy`, and the masks are those of that crate but
 where rounding decides: sums are taken in another order, in float32 like there. (Products are float32
 ones unless torch was told to use TF32; a cumulated mass is float64.) Nothing waits for the device or
-copies from the host. Beside the mask, a call works in at most about 512 MB up to 128K tokens, a
+copies from the host. (Under ``torch.use_deterministic_algorithms(True)`` some versions of torch refuse the
+floating-point ``cumsum`` of FlexPrefill and XAttention on CUDA.) Beside the mask, a call works in at most about 512 MB up to 128K tokens, a
 few heads and rows of blocks at a time; FlexPrefill sorts the pooled map of a whole head, which from
 there on grows with its square.
 """
