@@ -36,7 +36,7 @@ def latency(rows: dict, folder: Path) -> str:
     axis.set_xticks(range(len(rows)), rows)
     axis.set_ylabel("time of a step, native SDPA = 1")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.legend(fontsize=8, ncols=len(BARS) // 2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return save(figure, folder, "diffusion-latency")
 
 
@@ -66,9 +66,14 @@ def breakdown(kind: str, parts: dict, folder: Path) -> str:
     axes[0].set_xlabel("denoising step")
     axes[0].set_ylabel("blocks skipped, %")
     axes[0].grid(alpha=0.3)
-    for axis, key, x, y in ((axes[1], "by_layer_head", "head", "layer"), (axes[2], "by_step_layer", "layer", "step")):
+    axes[0].set_title("by denoising step, mean of layers and heads", fontsize=10)
+    for axis, key, x, y, of in (
+        (axes[1], "by_layer_head", "head", "layer", "mean of steps"),
+        (axes[2], "by_step_layer", "layer", "denoising step", "mean of heads"),
+    ):
         picture = axis.imshow([[100 * v for v in row] for row in parts[key]], vmin=0, vmax=100, aspect="auto")
         axis.set_xlabel(x)
         axis.set_ylabel(y)
-        figure.colorbar(picture, ax=axis)
+        axis.set_title(f"by {y.split()[-1]} and {x}, {of}", fontsize=10)
+        figure.colorbar(picture, ax=axis, label="blocks skipped, %")
     return save(figure, folder, f"diffusion-{kind}-sparsity")

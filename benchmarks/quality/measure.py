@@ -62,6 +62,10 @@ def by_layer(inside: float, outside: float, path: Path) -> None:
 TABLES: dict[str, list[list[str]]] = {
     # Equal error: one dense reading, every third layer.
     "error": [error(OURS + PAPER + MINFERENCE + FLEXPREFILL + XATTENTION + CONTROLS, "4096", 3)],
+    # FlexPrefill with the floor that it has by default, 1024 keys to each query block.
+    "error-flexprefill": [
+        error([f"flexprefill:{g}" for g in (0.99, 0.95, 0.9, 0.8, 0.6)], "4096", 3),
+    ],
     # Tables 1, 5, 6, 10 of the paper: one reading for each policy.
     "perplexity": [
         ppl(["dense", "default", "default,lambda=inf", "dense,lambda=6", "cdf:0.95", "cdf:0.9",
