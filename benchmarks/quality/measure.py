@@ -62,7 +62,7 @@ def by_layer(inside: float, outside: float, path: Path) -> None:
 TABLES: dict[str, list[list[str]]] = {
     # Equal error: one dense reading, every third layer.
     "error": [error(OURS + PAPER + MINFERENCE + FLEXPREFILL + XATTENTION + CONTROLS, "4096", 3)],
-    # FlexPrefill with the floor that it has by default, 1024 keys to each query block.
+    # FlexPrefill with the floor it has by default, 1024 keys for every block of queries.
     "error-flexprefill": [
         error([f"flexprefill:{g}" for g in (0.99, 0.95, 0.9, 0.8, 0.6)], "4096", 3),
     ],
@@ -75,6 +75,7 @@ TABLES: dict[str, list[list[str]]] = {
              "minference:v=30,s=200", "flexprefill:0.95,min=128", "flexprefill:0.9,min=128",
              "xattention:0.95", "xattention:0.9", "window:1024", "window:512", "random:0.6"]),
     ],
+    "perplexity-flexprefill": [ppl(["dense", *(f"flexprefill:{g}" for g in (0.99, 0.95, 0.9, 0.6))])],
     # Blocks before the diagonal that are always kept.
     "local": [
         ppl(["dense", *(f"cdf:0.95,local={n}" for n in (0, 1, 2, 4, 8)), "cdf:0.9,local=0",

@@ -22,10 +22,18 @@ TITLES = {
 }
 #: The records that a page is made of, where not the one of its name.
 RECORDS = {
-    "policies": ["perplexity", "local"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
+    "error": ["error", "error-flexprefill"], "policies": ["perplexity", "local", "perplexity-flexprefill"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
     "length": ["length", "tuned"], "qwen": ["qwen", "qwen-32k"],
     "qwen-1.5b": ["qwen-1.5b", "qwen-1.5b-16k", "qwen-1.5b-samples"], "wikitext": ["wikitext", "wikitext-why"],
 }
+#: What has to be given to measure.py for a record.
+NEEDS = {
+    "tuned": "--calibration FILE", "length": "--calibration FILE", "qwen": "--calibration FILE",
+    "needle": "--calibration FILE", "wikitext": "--wikitext FILE --calibration FILE",
+    "wikitext-why": "--wikitext FILE",
+}
+#: The lengths of a page, where it does not show all that its records have.
+SHOWN = {"policies": [4096]}
 #: What the paper has on the same question.
 PAPER = {
     "error": "The paper compares at each method's own settings and reports quality, not error (its "

@@ -82,7 +82,7 @@ def draw_curves(records: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=72)
+    figure.savefig(path, dpi=110)
 
 
 def draw_scatter(record: dict, path: Path) -> None:
@@ -99,7 +99,7 @@ def draw_scatter(record: dict, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=72)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:

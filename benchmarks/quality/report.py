@@ -14,14 +14,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from pages import MODEL, PAPER, RECORDS, TITLES  # noqa: E402
+from pages import MODEL, NEEDS, PAPER, RECORDS, SHOWN, TITLES  # noqa: E402
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "results"
+FLOORED = "FlexPrefill, its floor of 1024"
 #: Families of policies: what their names start with, label, colour. The first match counts.
 FAMILIES = [
     ("our prediction, τ", "#1f4e9c"), ("our prediction, top-k", "#7aa6de"),
     ("paper's pooling, τ", "#d1495b"), ("MInference", "#2e933c"), ("FlexPrefill", "#edae49"),
+    (FLOORED, "#b07d12"),
     ("XAttention", "#8f3f97"), ("block-sparse", "#66a182"), ("window", "#888888"),
     ("random", "#bbbbbb"), ("tuned", "#000000"), ("our prediction, τ, no local blocks", "#00a0c0"),
     ("our prediction, τ, 8 samples", "#ff7f0e"), ("our prediction, τ by layer", "#00702a"),
@@ -47,6 +49,8 @@ def family(policy: str) -> str | None:
     if "local=" in policy:
         ours = policy.startswith("cdf") and policy.endswith("local=0")
         return "our prediction, τ, no local blocks" if ours else None
+    if policy.startswith("flexprefill") and policy.endswith("min=1024"):
+        return FLOORED
     prefixes = {
         "default": "our prediction, τ", "cdf": "our prediction, τ", "topk": "our prediction, top-k",
         "minference": "MInference", "flexprefill": "FlexPrefill", "xattention": "XAttention",
@@ -123,7 +127,7 @@ def equal(found: dict, levels: list[float], form) -> str:
 
 
 def report_error(runs: list[dict]) -> tuple[str, str]:
-    rows = runs[0]["output"]["results"]
+    rows = [r for run in runs for r in run["output"]["results"]]
     found = curves(rows, "rel_l1")
     figure, axis = plt.subplots(figsize=(7, 4.5))
     plot_curves(axis, found)
@@ -165,7 +169,13 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
     plot_curves(axis, found, 100.0)
     axis.axhline(0, color="black", lw=0.8)
     axis.set_ylabel("perplexity above dense, %")
-    picture = save(figure, name)
+    if name in ("qwen", "qwen-1.5b", "wikitext", "policies"):
+        axis.set_title(f"{MODEL[runs[0]['output']['model']]}, {runs[0]['output']['text']}, 4096 tokens", fontsize=10)
+    if name in ("local", "tuned"):
+        plt.close(figure)
+        picture = {"local": draw_local, "tuned": draw_tuned}[name](rows)
+    else:
+        picture = save(figure, name)
     if name == "local":
         rows.sort(key=lambda r: (r["context"], r["policy"]))
     if name.startswith("qwen"):
@@ -182,6 +192,66 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
         body += "above; – where they do not reach):\n\n"
         body += equal(found, [0.35, 0.4, 0.5, 0.55, 0.6, 0.65], signed)
     return picture, body
+
+
+def draw_local(rows: list[dict]) -> str:
+    """Perplexity and sparsity against the number of blocks before the diagonal."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4))
+    lines = [
+        ("cdf:0.98,local=", 4096, "τ = 0.98", "#00702a"), ("cdf:0.95,local=", 4096, "τ = 0.95", "#1f4e9c"),
+        ("cdf:0.9,local=", 4096, "τ = 0.9", "#00a0c0"), ("topk:0.5,local=", 4096, "top-k 0.5", "#7aa6de"),
+        ("cdf:0.9,pool=128x64,lambda=inf,local=", 4096, "paper's pooling, τ = 0.9", "#d1495b"),
+        ("cdf:0.95,local=", 8000, "τ = 0.95, 8000 tokens", "#888888"),
+    ]
+    for start, context, label, colour in lines:
+        of = sorted((int(r["policy"][len(start):]), r) for r in rows
+                    if r["policy"].startswith(start) and r["context"] == context)
+        for axis, key in zip(axes, ("ppl_change", "qk_sparsity")):
+            axis.plot([n for n, _ in of], [100 * r[key] for _, r in of], "o-", ms=4, color=colour, label=label)
+    axes[0].set_ylabel("perplexity above dense, %")
+    axes[0].axhline(0, color="black", lw=0.8)
+    axes[1].set_ylabel("share of Q·Kᵀ blocks skipped, %")
+    axes[1].set_ylim(0, 80)
+    for axis in axes:
+        axis.set_xlabel("blocks of 64 keys before the diagonal, always kept")
+        axis.set_xticks([0, 1, 2, 4, 8])
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle("SmolLM2-135M on Emma, 4096 tokens where not said otherwise", fontsize=10)
+    return save(figure, "local")
+
+
+def load(name: str) -> list[dict]:
+    record = json.loads((HERE / "records" / f"{name}.json").read_text())
+    return [r for run in record["runs"] for r in run["output"]["results"]]
+
+
+def tokens_axis(axis, ticks: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{round(n / 1024)}K" for n in ticks], fontsize=8)
+    axis.minorticks_off()
+    axis.set_xlabel("tokens")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def draw_tuned(rows: list[dict]) -> str:
+    """Tuned and default against length, with the lengths of the record `length`."""
+    rows = [*rows, *load("length")]
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4))
+    lengths = sorted({r["context"] for r in rows})
+    for policy, colour in (("default", "#1f4e9c"), ("tuned", "#000000")):
+        of = [next(r for r in rows if (r["policy"], r["context"]) == (policy, n)) for n in lengths]
+        axes[0].plot(lengths, [100 * r["qk_sparsity"] for r in of], "o-", color=colour, label=f"{policy}, Q·Kᵀ")
+        axes[0].plot(lengths, [100 * r["pv_sparsity"] for r in of], "s--", color=colour, label=f"{policy}, P·V")
+        axes[1].plot(lengths, [100 * r["ppl_change"] for r in of], "o-", color=colour, label=policy)
+    axes[0].set_ylabel("skipped, %")
+    axes[1].set_ylabel("perplexity above dense, %")
+    axes[1].axhline(0, color="black", lw=0.8)
+    for axis in axes:
+        tokens_axis(axis, lengths)
+    figure.suptitle("SmolLM2-135M on Emma", fontsize=10)
+    return save(figure, "tuned")
 
 
 def report_wikitext(runs: list[dict]) -> tuple[str, str]:
@@ -227,17 +297,21 @@ def report_length(runs: list[dict]) -> tuple[str, str]:
     every = [r for run in runs for r in run["output"]["results"] if r["policy"] in names]
     every = list({(r["context"], r["policy"]): r for r in every}.values())
     every.sort(key=lambda r: (r["context"], names.index(r["policy"])))
-    rows = [r for r in every if r["policy"] == "default"]
-    figure, axis = plt.subplots(figsize=(6, 4))
-    axis.plot([r["context"] for r in rows], [100 * r["qk_sparsity"] for r in rows], "o-",
-              color="#1f4e9c", label="SmolLM2-135M, Q·Kᵀ skipped")
+    figure, axis = plt.subplots(figsize=(7.5, 4.8))
+    qwen, larger = [*load("qwen"), *load("qwen-32k")], [*load("qwen-1.5b"), *load("qwen-1.5b-16k")]
+    for of, policy, label, style in (
+        (every, "default", "SmolLM2-135M, default", {"color": "#1f4e9c"}),
+        (every, "tuned", "SmolLM2-135M, tuned", {"color": "#1f4e9c", "ls": "--", "marker": "s", "ms": 4}),
+        (qwen, "default", "Qwen2.5-Coder-0.5B, default", {"color": "#2e933c"}),
+        (qwen, "tuned", "Qwen2.5-Coder-0.5B, tuned", {"color": "#2e933c", "ls": "--", "marker": "s", "ms": 4}),
+        (larger, "default", "Qwen2.5-Coder-1.5B, default", {"color": "#edae49"}),
+    ):
+        points = sorted((r["context"], 100 * r["qk_sparsity"]) for r in of if r["policy"] == policy)
+        axis.plot(*zip(*points), **{"marker": "o", "ms": 5, "ls": "-", **style}, label=label)
     paper = {8192: 6.8, 16384: 26.4, 24576: 35.7, 49152: 49.8, 131072: 54.0}
-    axis.plot(paper.keys(), paper.values(), "s--", color="#d1495b", label="Llama-3.1-8B (paper)")
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("tokens")
-    axis.set_ylabel("sparsity, %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.plot(paper.keys(), paper.values(), "^:", color="#d1495b", label="Llama-3.1-8B (paper)")
+    axis.set_ylabel("Q·Kᵀ skipped, % (paper: its sparsity)")
+    tokens_axis(axis, [2**n for n in range(10, 18)])
     return save(figure, "length"), ppl_table(every)
 
 
@@ -275,10 +349,15 @@ def report_judge(runs: list[dict]) -> tuple[str, str]:
     for (label, members), colour in zip(groups.items(), ("#d1495b", "#1f4e9c")):
         axis.plot([100 * r["qk_sparsity"] for r in members], [r["rel_l1"] for r in members], "o-",
                   color=colour, label=label)
+        below = colour == "#1f4e9c"
         for r in members:
-            theta = r["policy"].split("theta=")[1].split(",")[0]
-            axis.annotate(f"θ={theta}", (100 * r["qk_sparsity"], r["rel_l1"]), fontsize=7,
-                          textcoords="offset points", xytext=(4, 4))
+            theta = r["policy"].split("theta=")[1].split(",")[0] if "theta=" in r["policy"] else "0"
+            # Above θ = 0.3 the points lie on one another.
+            if float(theta) <= 0.3:
+                axis.annotate(f"θ = {theta}", (100 * r["qk_sparsity"], r["rel_l1"]), fontsize=8, color=colour,
+                              textcoords="offset points", xytext=(5, -11) if below else (-5, 6),
+                              ha="left" if below else "right")
+    axis.annotate("θ ≥ 0.4", (0, 0), fontsize=8, textcoords="offset points", xytext=(22, 2))
     axis.set_xlabel("share of Q·Kᵀ blocks skipped, %")
     axis.set_ylabel("relative L1")
     axis.grid(alpha=0.3)
@@ -376,15 +455,21 @@ def report_needle(runs: list[dict]) -> tuple[str, str]:
         grids.append((out, contexts, depths))
     out, contexts, depths = grids[0]
     names = [a["policy"] for a in out["accuracy"]]
-    figure, axes = plt.subplots(1, len(names), figsize=(2 * len(names), 2.6))
+    figure, axes = plt.subplots(1, len(names), figsize=(1.9 * len(names), 3), sharey=True)
     for axis, name in zip(axes, names):
         grid = [[next(r["correct"] / r["trials"] for r in out["results"] if
                       (r["policy"], r["context"], r["depth"]) == (name, n, d)) for n in contexts] for d in depths]
-        axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for y, line in enumerate(grid):
+            for x, share in enumerate(line):
+                axis.text(x, y, "found" if share == 1 else "missed" if share == 0 else pct(share, 0), ha="center",
+                          va="center", fontsize=7, color="black" if share > 0.5 else "white")
+        axis.set_xlabel("tokens", fontsize=8)
         axis.set_xticks(range(len(contexts)), contexts, fontsize=7)
         axis.set_yticks(range(len(depths)), depths, fontsize=7)
-        axis.set_title(name, fontsize=7)
-    axes[0].set_ylabel("depth", fontsize=8)
+        axis.set_title(name.replace(",", "\n", 1), fontsize=7)
+    axes[0].set_ylabel("depth of the sentence", fontsize=8)
+    figure.suptitle("One sentence asked for, once per context and depth", fontsize=9)
     return save(figure, "needle"), body
 
 
@@ -393,7 +478,7 @@ def subject(name: str, runs: list[dict]) -> str:
     first = outputs[0]
     if "model" in first:
         texts = " and ".join(dict.fromkeys(o["text"] for o in outputs))
-        lengths = sorted({r["context"] for o in outputs for r in o["results"]})
+        lengths = SHOWN.get(name) or sorted({r["context"] for o in outputs for r in o["results"]})
         texts = texts if name != "needle" else "Emma"
         length = ", ".join(map(str, lengths))
         return f"Model {MODEL.get(first['model'], first['model'])}; text {texts}; {length} tokens"
@@ -422,7 +507,7 @@ def main() -> None:
         commands = "".join(f"    {run['command']}\n" for run in runs)
         when = " and ".join(dict.fromkeys(r["date"] for r in records))
         files = " and ".join(f"`benchmarks/quality/records/{n}.json`" for n in names)
-        made = " and ".join(f"`python benchmarks/quality/measure.py {n}`" for n in names)
+        made = " and ".join(f"`python benchmarks/quality/measure.py {' '.join([n, *NEEDS.get(n, '').split()])}`" for n in names)
         devices = " and ".join(dict.fromkeys(r["device"] for r in records))
         path.write_text(
             f"# {TITLES[name]}\n\n{subject(name, runs)}. {devices}, {when}. "

@@ -146,7 +146,7 @@ pub(crate) struct SelectionArgs {
     /// Blocks of 64 keys at the start that are always kept [default: 1]
     #[arg(long, value_name = "N")]
     pub(crate) keep_first: Option<usize>,
-    /// Blocks of 64 keys before the diagonal that are always kept, where causal [default: 0]
+    /// Blocks of 64 keys before the diagonal that are always kept, where causal [default: 2]
     #[arg(long, value_name = "N")]
     pub(crate) keep_local: Option<usize>,
     /// Arithmetic of Q·Kᵀ [default: f32]

@@ -29,11 +29,12 @@ pub(super) fn page(c: &Calibration) -> String {
     let dense = c.layers.iter().flat_map(|l| &l.heads).filter(|h| h.is_dense()).count();
     let _ = writeln!(
         page,
-        "<p>Prediction from {}×{} means{second} and {rows} sampled rows; first blocks kept: {}; calls with fewer than {} keys \
+        "<p>Prediction from {}×{} means{second} and {rows} sampled rows; first blocks kept: {}; blocks before the diagonal kept: {}; calls with fewer than {} keys \
          run dense; {dense} of {} heads dense. Made by {}; sha256 of the model {}.</p>",
         p.q_rows,
         p.kv_rows,
         c.settings.keep_first,
+        c.settings.keep_local,
         c.settings.min_kv_len,
         c.layers.len() * c.model.num_qo_heads,
         escaped(&c.made_by),
