@@ -131,7 +131,7 @@ def draw(records: list[dict]) -> str:
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
-    figure.savefig(RESULTS / "terrain.png", dpi=72, metadata={"Software": None})
+    figure.savefig(RESULTS / "terrain.png", dpi=120, metadata={"Software": None})
     return "![PSNR against sparsity](terrain.png)\n"
 
 

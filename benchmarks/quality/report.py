@@ -18,11 +18,11 @@ from pages import MODEL, NEEDS, PAPER, RECORDS, SHOWN, TITLES  # noqa: E402
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "results"
-FLOORED = "FlexPrefill, its floor of 1024"
+LOWERED, FLOORED = "FlexPrefill, floor lowered to 128", "FlexPrefill, its floor of 1024"
 #: Families of policies: what their names start with, label, colour. The first match counts.
 FAMILIES = [
     ("our prediction, τ", "#1f4e9c"), ("our prediction, top-k", "#7aa6de"),
-    ("paper's pooling, τ", "#d1495b"), ("MInference", "#2e933c"), ("FlexPrefill", "#edae49"),
+    ("paper's pooling, τ", "#d1495b"), ("MInference", "#2e933c"), (LOWERED, "#edae49"),
     (FLOORED, "#b07d12"),
     ("XAttention", "#8f3f97"), ("block-sparse", "#66a182"), ("window", "#888888"),
     ("random", "#bbbbbb"), ("tuned", "#000000"), ("our prediction, τ, no local blocks", "#00a0c0"),
@@ -53,7 +53,7 @@ def family(policy: str) -> str | None:
         return FLOORED
     prefixes = {
         "default": "our prediction, τ", "cdf": "our prediction, τ", "topk": "our prediction, top-k",
-        "minference": "MInference", "flexprefill": "FlexPrefill", "xattention": "XAttention",
+        "minference": "MInference", "flexprefill": LOWERED, "xattention": "XAttention",
         "tuned": "tuned", "block-sparse": "block-sparse", "window": "window", "random": "random",
     }
     return next((label for start, label in prefixes.items() if policy.startswith(start)), None)
@@ -106,7 +106,7 @@ def plot_curves(axis, found: dict, scale: float = 1.0) -> None:
             axis.plot(xs, ys, marker="o", ms=4, lw=1.5, color=colour, label=label)
     axis.set_xlabel("share of Q·Kᵀ blocks skipped, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def save(figure, name: str) -> str:
@@ -129,7 +129,7 @@ def equal(found: dict, levels: list[float], form) -> str:
 def report_error(runs: list[dict]) -> tuple[str, str]:
     rows = [r for run in runs for r in run["output"]["results"]]
     found = curves(rows, "rel_l1")
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(9.5, 4.5))
     plot_curves(axis, found)
     axis.set_ylabel("relative L1 of a layer's attention, mean")
     axis.set_yscale("log")
@@ -165,7 +165,7 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
         if row["ppl_change"] is None and row["context"] in dense:
             row["ppl_change"] = row["ppl"] / dense[row["context"]] - 1
     found = curves([r for r in rows if r["context"] == 4096], "ppl_change")
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(9.5, 4.5))
     plot_curves(axis, found, 100.0)
     axis.axhline(0, color="black", lw=0.8)
     axis.set_ylabel("perplexity above dense, %")
@@ -352,12 +352,14 @@ def report_judge(runs: list[dict]) -> tuple[str, str]:
         below = colour == "#1f4e9c"
         for r in members:
             theta = r["policy"].split("theta=")[1].split(",")[0] if "theta=" in r["policy"] else "0"
-            # Above θ = 0.3 the points lie on one another.
-            if float(theta) <= 0.3:
+            # Above θ = 0.4 the points lie on one another.
+            if float(theta) <= 0.4:
                 axis.annotate(f"θ = {theta}", (100 * r["qk_sparsity"], r["rel_l1"]), fontsize=8, color=colour,
-                              textcoords="offset points", xytext=(5, -11) if below else (-5, 6),
-                              ha="left" if below else "right")
-    axis.annotate("θ ≥ 0.4", (0, 0), fontsize=8, textcoords="offset points", xytext=(22, 2))
+                              textcoords="offset points",
+                              xytext=(5, -11) if below else (6, 2) if theta == "0" else (-6, 4),
+                              ha="left" if below or theta == "0" else "right")
+    axis.annotate("θ = 0.5, 0.6", (0, 0), fontsize=8, textcoords="offset points", xytext=(24, 2))
+    axis.set(xlim=(-2, 70), ylim=(-0.004, 0.108))
     axis.set_xlabel("share of Q·Kᵀ blocks skipped, %")
     axis.set_ylabel("relative L1")
     axis.grid(alpha=0.3)
