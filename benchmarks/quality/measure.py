@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Measures one table and keeps its raw record.
+"""Makes one record of benchmarks/quality/records/.
 
-    python benchmarks/quality/measure.py TABLE [--sparge target/release/sparge]
+    python benchmarks/quality/measure.py RECORD [--sparge target/release/sparge]
                                                [--wikitext FILE] [--calibration FILE]
 
-writes benchmarks/quality/records/TABLE.json: the commands, when and on what they ran, and each
-command's JSON as it came. `report.py TABLE` turns the record into docs/results/TABLE.md and .png.
+writes benchmarks/quality/records/RECORD.json: the commands, when and on what they ran, and each
+command's JSON as it came. `report.py PAGE` turns the records of a page into docs/results/PAGE.md and .png;
+README.md says which records make which page.
 """
 
 import argparse
