@@ -105,10 +105,13 @@ def draw_scatter(record: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="+", type=Path)
-    records = [json.loads(path.read_text()) for path in parser.parse_args().records]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    draw_curves(records, RESULTS / "predictor.png")
-    draw_scatter(records[0], RESULTS / "estimate.png")
+    parser.add_argument("--tables", action="store_true", help="print only, leave the plots alone")
+    args = parser.parse_args()
+    records = [json.loads(path.read_text()) for path in args.records]
+    if not args.tables:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        draw_curves(records, RESULTS / "predictor.png")
+        draw_scatter(records[0], RESULTS / "estimate.png")
     for record in records:
         dense = record["dense_s"]
         print(f"\n{record['model']}, {record['context']} tokens of {record['text']}, layers {record['layers']}, "
