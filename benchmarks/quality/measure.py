@@ -94,6 +94,10 @@ TABLES: dict[str, list[list[str]]] = {
              "minference:v=30,s=200", "flexprefill:0.95,min=128", "xattention:0.95", "window:1024"],
             "4096", "--windows", "3", "--prompt-file", "{wikitext}", "--calibration", "{calibration}"),
     ],
+    "wikitext-flexprefill": [
+        ppl(["dense", *(f"flexprefill:{g}" for g in (0.95, 0.9, 0.6))],
+            "4096", "--windows", "3", "--prompt-file", "{wikitext}"),
+    ],
     # Why XAttention is ahead on that text: how many queries are sampled, and which layers skip.
     "wikitext-why": [
         ppl(["cdf:0.96", "cdf:0.96,pool=16x16+4rows", "cdf:0.96,pool=16x16+8rows"], "4096",

@@ -24,13 +24,13 @@ TITLES = {
 RECORDS = {
     "error": ["error", "error-flexprefill"], "policies": ["perplexity", "local", "perplexity-flexprefill"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
     "length": ["length", "tuned"], "qwen": ["qwen", "qwen-32k"],
-    "qwen-1.5b": ["qwen-1.5b", "qwen-1.5b-16k", "qwen-1.5b-samples"], "wikitext": ["wikitext", "wikitext-why"],
+    "qwen-1.5b": ["qwen-1.5b", "qwen-1.5b-16k", "qwen-1.5b-samples"], "wikitext": ["wikitext", "wikitext-why", "wikitext-flexprefill"],
 }
 #: What has to be given to measure.py for a record.
 NEEDS = {
     "tuned": "--calibration FILE", "length": "--calibration FILE", "qwen": "--calibration FILE",
     "needle": "--calibration FILE", "wikitext": "--wikitext FILE --calibration FILE",
-    "wikitext-why": "--wikitext FILE",
+    "wikitext-why": "--wikitext FILE", "wikitext-flexprefill": "--wikitext FILE",
 }
 #: The lengths of a page, where it does not show all that its records have.
 SHOWN = {"policies": [4096]}
