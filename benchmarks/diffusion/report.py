@@ -87,6 +87,25 @@ def latency(record: dict) -> str:
     return text + f"\n{goals(rows)}"
 
 
+def kernels_since(record: dict) -> str:
+    """Some methods of some models, timed with the attention kernel that came after the tables above."""
+    lines = []
+    for name, row in record["rows"].items():
+        times = {n: m["median"] for n, m in row["methods"].items() if m.get("median")}
+        ways = ["sparge 1.0", MAIN, f"{MAIN}, block pooling"]
+        lines.append([name, f"{1e3 * times['cudnn']:.0f}", *(f"{1e3 * times[n]:.0f}" for n in ways),
+                      *(f"{times['cudnn'] / times[n]:.2f}" for n in [*ways, "no attention"]), f"{row['reps']}"])
+    heads = ["model", "cuDNN", "keep 1.0", "keep 0.5", "keep 0.5, block pooling", "cuDNN / keep 1.0", "/ keep 0.5",
+             "/ block pooling", "/ no attention", "rounds"]  # fmt: skip
+    return (
+        "## With the kernels since\n\n"
+        f"{record['device']}, {record['date']}, `latency-kernels.json`: attention by the kernel with a softmax in "
+        "integers (`docs/hopper-log.md`, fourth round), which the tables above do not have. The same command with "
+        "`--models cogvideox-2b,flux-dev,mochi,llama-24k` and these methods; milliseconds.\n\n"
+        f"{table(heads, lines)}"
+    )
+
+
 def latency_cells(row: dict, times: dict[str, float], older: set[str]) -> list[str]:
     mark = lambda *names: OLDER if older & set(names) else ""
     show = lambda n: f"{1e3 * times[n]:.0f}{mark(n)}" if n in times else "–"
@@ -266,6 +285,9 @@ def main() -> None:
             continue
         record = json.loads(path.read_text())
         sections.append(latency(record) if name == "latency" else trained(name, record))
+        since = HERE / "records" / "latency-kernels.json"
+        if name == "latency" and since.exists():
+            sections.append(kernels_since(json.loads(since.read_text())))
     path = RESULTS / "diffusion.md"
     old = path.read_text() if path.exists() else ""
     reading = old[old.index("## Reading") :] if "## Reading" in old else "## Reading\n"

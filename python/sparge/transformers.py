@@ -18,7 +18,6 @@ transformers has to expect packed texts there.
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from ._config import DENSE, Config, parsed
 from ._padding import Pattern, pattern_of
 from ._sparge import SpargeError
 from ._torch import AUTO_MIN_QUERIES
+from ._traced import causal_mask, is_on_gpu, warn_dense
 from ._tune import Progress, Study
 from ._types import Stats
 
@@ -91,7 +91,7 @@ def register(
     """
     schedule = _schedule(config, dense_layers, calibration, knobs)
     AttentionInterface.register(name, functools.partial(_attention_forward, schedule))
-    AttentionMaskInterface.register(name, _mask)
+    AttentionMaskInterface.register(name, causal_mask)
 
 
 def configure(
@@ -314,9 +314,9 @@ def _attention_forward(
     if q_len < AUTO_MIN_QUERIES:
         config = DENSE  # decoding, which sinks alone bring here
     key, value, pattern = _pattern(module, query, key, value, attention_mask, is_causal, kwargs)
-    if pattern is None and sinks is None and _is_on_gpu(query):
+    if pattern is None and sinks is None and is_on_gpu(query):
         if not (config.is_default() or config.policy == "dense"):
-            _warn_dense(torch.compiler.is_compiling())
+            warn_dense(torch.compiler.is_compiling())
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
@@ -328,44 +328,6 @@ def _attention_forward(
         share = torch.sigmoid(lse.transpose(1, 2) - sinks.float())
         out = out * share.unsqueeze(-1).to(out.dtype)
     return out.contiguous(), None
-
-
-def _mask(*args: Any, **kwargs: Any) -> Optional[torch.Tensor]:
-    """transformers' mask function, which before torch 2.14 makes a mask of plain causal attention too while
-    a graph is traced; a mask says nothing then. Without padding and at the cache's start None says all."""
-    local, offset = kwargs.get("local_size"), kwargs.get("q_offset")
-    if (
-        torch.compiler.is_compiling()
-        and not args
-        and kwargs.get("allow_is_causal_skip", True)
-        and kwargs.get("attention_mask") is None
-        and isinstance(offset, int) and offset == 0 and not kwargs.get("kv_offset", 0)
-        and (local is None or kwargs["kv_length"] < local)
-    ):  # fmt: skip
-        return None
-    return sdpa_mask(*args, **kwargs)
-
-
-def _is_on_gpu(query: torch.Tensor) -> bool:
-    return query.is_cuda
-
-
-_warned: "set[bool]" = set()
-
-
-@torch.compiler.assume_constant_result
-def _warn_dense(is_compiling: bool) -> bool:
-    """Once per reason; while a graph is traced, then."""
-    if is_compiling not in _warned:
-        _warned.add(is_compiling)
-        reason = (
-            "under torch.compile a mask's content is not known; where nothing is padded pass no "
-            "attention_mask and leave use_cache on, or do not compile the prefill"
-            if is_compiling
-            else "the mask is not causal, a window or padding"
-        )
-        warnings.warn(f"sparge: dense attention instead of what was configured: {reason}", stacklevel=3)
-    return True
 
 
 def _pattern(

@@ -217,9 +217,10 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
             shift += __shfl_xor_sync(FULL, shift, step);
         }
         const float most = as_float(top);
-        part.store_int8(image, warp * SUB, i, is_tiny(most) ? 0.f : sign * 127.f / most);
-        // Never zero: a cut score is −∞ times this.
+        // Never zero: a cut score is −∞ times this. Rows of smaller ones count as zero.
         const float scale = most / 127.f * fabsf(a.scale_log2);
+        const bool is_zero = is_tiny(most) || scale < 1e-20f;
+        part.store_int8(image, warp * SUB, i, is_zero ? 0.f : sign * 127.f / most);
         if (part.channel == 0) {
             const i64 at = static_cast<i64>(index) * BLOCK_Q + warp * SUB + part.row + i;
             a.q_scale[at] = scale < 1e-20f ? 1e-20f : scale;
@@ -354,7 +355,7 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
         i8 *to = a.k8 + static_cast<i64>(index) * (BLOCK_KV * D);
 #pragma unroll
         for (int i = 0; i < Part<D>::ROWS; i++)
-            part.store_int8(to, warp * SUB, i, is_tiny(most) ? 0.f : 127.f / most);
+            part.store_int8(to, warp * SUB, i, most / 127.f < 1e-15f ? 0.f : 127.f / most);
         if (threadIdx.x == 0) {
             const float scale = most / 127.f < 1e-15f ? 1e-15f : most / 127.f;
             u32 keys[2];

@@ -1,4 +1,4 @@
-// mbarriers, bulk copies, named barriers and register hand-over (sm_90).
+// mbarriers, bulk copies and register hand-over (sm_90).
 #pragma once
 #include "sparge/types.cuh"
 
@@ -45,12 +45,6 @@ __device__ __forceinline__ void bulk_load(u32 to, const void *from, u32 bytes, u
             "r"(to),
         "l"(from), "r"(bytes), "r"(bar)
         : "memory");
-}
-template <int THREADS> __device__ __forceinline__ void named_sync(int id) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
-}
-template <int THREADS> __device__ __forceinline__ void named_arrive(int id) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
 template <int N> __device__ __forceinline__ void registers_up() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
