@@ -315,7 +315,7 @@ def _pooled_map(some: Heads, keys: Tensor, gamma: float) -> Tensor:
 
 def _xattention(some: Heads, stride: int, threshold: float) -> _Rows:
     """Blocks by the sums of their antidiagonals, until a share of the row is covered."""
-    see, (kv_heads, group, q_len, dim) = some.see, some.q.shape
+    see, q_len = some.see, some.q.shape[-2]
     wide, per = -(-see.kv_len // _WIDE), _WIDE // stride
 
     def laid(x: Tensor, length: int, backwards: bool = False) -> Tensor:

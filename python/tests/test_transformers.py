@@ -15,6 +15,7 @@ import sparge.transformers as ours
 import torch
 import transformers
 from common import exact, qkv, relative_l1
+from sparge import _traced
 from sparge._padding import Pattern, pattern_of
 
 SIZES: dict[str, Any] = {
@@ -425,8 +426,8 @@ def test_a_compiled_model_selects_as_the_eager_one(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_dense_instead_of_sparse_on_a_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "_is_on_gpu", lambda query: True)
-    monkeypatch.setattr(ours, "_warned", set())
+    monkeypatch.setattr(ours, "is_on_gpu", lambda query: True)
+    monkeypatch.setattr(_traced, "_warned", set())
     q, k, v = qkv(4, 2, q_len=100)
     mask = torch.ones(1, 1, 100, 100, dtype=torch.bool).tril()
     mask[..., :30, :30] = True  # a prefix
