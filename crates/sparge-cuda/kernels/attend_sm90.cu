@@ -53,7 +53,7 @@ __device__ __forceinline__ float quad_max(float x) {
 
 /// One consumer warpgroup's state for 64 query rows: a thread holds rows `row` and `row + 8`.
 template <int D, class T, int STAGES> struct Consumer {
-    static constexpr int N = 2 * BLOCK_KV / 2;  // scores of a thread
+    static constexpr int N = BLOCK_KV;  // scores of a thread: 64 rows, two blocks, 128 threads
     using Scores = i32[N];
     using Shared = Smem<D, STAGES>;
     const Args &a;
