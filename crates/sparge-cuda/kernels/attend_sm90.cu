@@ -2,7 +2,8 @@
 //
 // A persistent block of 384 threads: one producer thread copies tiles of two 64-key blocks (any
 // two: they need not be neighbours) into a ring in shared memory (sparge/tiles.cuh); two consumer
-// warpgroups own 64 query rows each. The softmax of a tile runs beside P·V of the one before.
+// warpgroups own 64 query rows each. The softmax of a tile runs beside P·V of the one before; the
+// warpgroups issue their products in turns, so that neither's wait for the other's.
 //
 // Exponentials are integers. Where t = log2(SCALE·p) is a fixed-point number with 23 bits after the
 // point, (t + 127)·2²³ is the bits of a float: exponent right, mantissa 1 + f where 2^f was meant.
@@ -64,6 +65,7 @@ template <int D, class T, int STAGES> struct Consumer {
     float o[D / 2], part[D / 2 + 4];
     float running[2], sum[2], alpha[2], q_scale[2], k_scale[2];
     bool is_wide;     // see look_wide
+    u32 is_there;     // whether the next tile is
     const int group;  // 0 or 1
     u32 q_slot;
 
@@ -97,14 +99,13 @@ template <int D, class T, int STAGES> struct Consumer {
         return t / 32 * 16 + t % 32 / 4;
     }
 
-    __device__ __forceinline__ void begin(const Item &item) {
-        const float *scales =
-            a.q_scale + (static_cast<i64>(item.head) * a.q_blocks + item.q_block) * BLOCK_Q;
+    __device__ __forceinline__ void begin() {
+        const u32 scales = PLACE(q_scale) + q_slot * (BLOCK_Q * 4) + 4 * row();
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             running[r] = NEVER;
             sum[r] = 0.f;
-            q_scale[r] = scales[row() + 8 * r];
+            q_scale[r] = as_float(word(scales + 32 * r));
             alpha[r] = 1.f;
         }
         is_wide = true;
@@ -274,9 +275,26 @@ template <int D, class T, int STAGES> struct Consumer {
         // it; it does not move it over the loop in this wait.
         pin_registers(scores);
         if (flags & LAST) return;
+        if (!is_there) {
+            ring.next();
+            mbar_wait(full(), ring.parity());
+            ring.count--;
+        }
+    }
+
+    /// Asks for the next tile while the products run, so that the answer costs nothing.
+    __device__ __forceinline__ void look_ahead() {
         ring.next();
-        mbar_wait(full(), ring.parity());
+        is_there = mbar_test(full(), ring.parity());
         ring.count--;
+    }
+
+    /// Waits until the other warpgroup has issued its products.
+    __device__ __forceinline__ void take_turn() {
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(CONSUMERS) : "memory");
+    }
+    __device__ __forceinline__ void pass_turn() {
+        asm volatile("bar.arrive %0, %1;" ::"r"(2 - group), "n"(CONSUMERS) : "memory");
     }
 
     /// O and its sums, worth `by` now, take in `part`.
@@ -302,7 +320,7 @@ template <int D, class T, int STAGES> struct Consumer {
     __device__ __forceinline__ void finish(const Item &item) {
         const int batch = item.head / a.heads, head = item.head % a.heads;
         const int row = this->row(), lane = this->lane();
-        const u32 *amax = a.v_amax + static_cast<i64>(item.head / (a.heads / a.kv_heads)) * D;
+        const u32 amax = PLACE(v_amax) + q_slot * (D * 4) + lane % 4 * 8;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float l = __shfl_sync(FULL, sum[r], lane & ~3);
@@ -314,9 +332,9 @@ template <int D, class T, int STAGES> struct Consumer {
                 token * a.os.token) + lane % 4;
 #pragma unroll
             for (int i = 0; i < D / 8; i++) {
-                const uint2 m = *reinterpret_cast<const uint2 *>(amax + 8 * i + 2 * (lane % 4));
-                to[4 * i] = Half2<T>::pack(o[4 * i + 2 * r] * by * as_float(m.x),
-                                           o[4 * i + 2 * r + 1] * by * as_float(m.y));
+                to[4 * i] =
+                    Half2<T>::pack(o[4 * i + 2 * r] * by * as_float(word(amax + 32 * i)),
+                                   o[4 * i + 2 * r + 1] * by * as_float(word(amax + 32 * i + 4)));
             }
             if (a.lse && lane % 4 == 0) {
                 // Scores were taken of K less its mean.
@@ -347,8 +365,11 @@ template <int D, class T, int STAGES> struct Consumer {
             pin_registers(p);
             if (flags & LAST) break;
             ring.next();
+            take_turn();
             flags = issue_qk(scores, next);
             issue_pv(slot);
+            pass_turn();
+            look_ahead();
             wgmma_wait<1>();
             pin_registers(scores);
             is_first = false;
@@ -362,22 +383,24 @@ template <int D, class T, int STAGES> struct Consumer {
     }
 
     __device__ __forceinline__ void run() {
+        if (group == 1) pass_turn();
         while (true) {
             mbar_wait(full(), ring.parity());
             int index = word(tile(ring.slot()));
             if (index < 0) break;
-            begin(Item(a, index));
             q_slot = uniform(q_ring.slot());
             mbar_wait(PLACE(q_full) + 8 * q_slot, q_ring.parity());
+            begin();
             Scores scores;
             const int flags = issue_qk(scores, ring.slot());
+            look_ahead();
             wgmma_wait<0>();
             pin_registers(scores);
             tiles(scores, flags);
+            asm volatile("" : "+r"(index));
+            finish(Item(a, index));
             mbar_arrive_warp(PLACE(q_empty) + 8 * q_slot);
             q_ring.next();
-            asm volatile("" : "+r"(index));  // not to keep what `begin` made of it
-            finish(Item(a, index));
         }
     }
 #undef PLACE

@@ -1,19 +1,11 @@
 // Preparation: the mean of K and the largest |V| per channel (`statistics`), then everything in one
 // pass (`quantize`): int8 Q and K, e4m3 V, and pooled Q and K for the selection. Outputs are images
 // of the attention kernel's shared-memory tiles, so that it can fetch them with plain bulk copies.
-#include "sparge/types.cuh"
-#include "sparge/ptx/math.cuh"
+#include "sparge/part.cuh"
 
 namespace sparge {
 
 constexpr int THREADS = 256;
-constexpr int SUB = 16;  // rows of a warp
-
-__device__ __forceinline__ bool is_finite(float x) {
-    return (as_bits(x) & 0x7f800000u) != 0x7f800000u;
-}
-__device__ __forceinline__ u32 magnitude(float x) { return as_bits(x) & 0x7fffffffu; }
-__device__ __forceinline__ u32 umax(u32 a, u32 b) { return a > b ? a : b; }
 
 /// Grid (chunks, batch * kv_heads). Non-finite elements do not enter: they stay in their blocks.
 template <int D, class T>
@@ -71,122 +63,6 @@ __global__ void __launch_bounds__(THREADS) statistics(const __grid_constant__ Ar
     }
 }
 
-/// A warp's 16 rows: each lane holds ROWS rows of 8 neighbouring channels.
-template <int D> struct Part {
-    static constexpr int LANES = D / 8, ROWS = SUB * LANES / 32;
-    float x[ROWS][8];
-    int channel, row;  // row: of the warp's 16
-
-    /// Loads rows `first..first + 16` of which those below `end` exist; the others are zero.
-    template <class T>
-    __device__ __forceinline__ void load(const u16 *from, i64 stride, int first, int end) {
-        const int lane = threadIdx.x % 32;
-        channel = lane % LANES * 8;
-        row = lane / LANES * ROWS;
-        uint4 raw[ROWS];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            raw[i] = uint4{0, 0, 0, 0};
-            const int token = first + row + i;
-            if (token < end) raw[i] = load16(from + token * stride + channel);
-        }
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) unpack8<T>(raw[i], x[i]);
-    }
-    /// Sums of each channel over the warp's rows, in every lane.
-    __device__ __forceinline__ void column_sums(float (&sum)[8]) const {
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            sum[j] = 0.f;
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) sum[j] += x[i][j];
-#pragma unroll
-            for (int step = LANES; step < 32; step *= 2)
-                sum[j] += __shfl_xor_sync(FULL, sum[j], step);
-        }
-    }
-    /// The largest sum of squares of a row of the warp's, in every lane; NaN or ∞ where one is.
-    __device__ __forceinline__ float largest_square() const {
-        float sum[ROWS];
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            sum[i] = 0.f;
-#pragma unroll
-            for (int j = 0; j < 8; j++) sum[i] = fmaf(x[i][j], x[i][j], sum[i]);
-        }
-        // Lanes that share rows divide them: half of the rows at every step.
-        const int lane = threadIdx.x % 32;
-        int step = 1;
-#pragma unroll
-        for (int n = ROWS / 2; n > 0; n /= 2, step *= 2)
-#pragma unroll
-            for (int i = 0; i < n; i++) {
-                const bool upper = lane & step;
-                const float theirs = upper ? sum[i] : sum[i + n];
-                sum[i] = (upper ? sum[i + n] : sum[i]) + __shfl_xor_sync(FULL, theirs, step);
-            }
-#pragma unroll
-        for (; step < LANES; step *= 2) sum[0] += __shfl_xor_sync(FULL, sum[0], step);
-        return as_float(__reduce_max_sync(FULL, magnitude(sum[0])));
-    }
-    /// Writes row i as int8 into a tile image whose first row is the warp's.
-    __device__ __forceinline__ void store_int8(i8 *image, int first, int i, float by) const {
-        u32 word[2];
-#pragma unroll
-        for (int w = 0; w < 2; w++) {
-            u32 b[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) b[j] = __float2int_rn(x[i][4 * w + j] * by) & 0xff;
-            word[w] = b[0] | b[1] << 8 | b[2] << 16 | b[3] << 24;
-        }
-        i8 *to = image + swizzled<D>(first + row + i, channel / 16) + channel % 16;
-        *reinterpret_cast<uint2 *>(to) = uint2{word[0], word[1]};
-    }
-};
-
-/// Writes a pooled row as bf16 high and low parts: 16 bits of mantissa in all.
-__device__ __forceinline__ void store_pooled(u16 *high, int dim, int channel, const float (&x)[8]) {
-    u32 h[4], l[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        h[i] = Half2<Bf16>::pack(x[2 * i], x[2 * i + 1]);
-        l[i] = Half2<Bf16>::pack(x[2 * i] - Half2<Bf16>::lo(h[i]),
-                                 x[2 * i + 1] - Half2<Bf16>::hi(h[i]));
-    }
-    *reinterpret_cast<uint4 *>(high + channel) = uint4{h[0], h[1], h[2], h[3]};
-    *reinterpret_cast<uint4 *>(high + dim + channel) = uint4{l[0], l[1], l[2], l[3]};
-}
-
-/// Pools a block whose 16-row sums are `sum` (one per warp) and writes it: per sub-block, or, where
-/// POOL is 2, one mean for the block. `centre` is subtracted. All warps of the block take part.
-template <int D, int POOL>
-__device__ __forceinline__ void pool(u16 *to, int block, int rows, int warp, int warps,
-                                     float (&sum)[8], int channel, const float *centre, float by,
-                                     float (*scratch)[D]) {
-    const int lane = threadIdx.x % 32;
-    if (POOL == 1) {
-        const int count = min(SUB, rows - warp * SUB);
-        if (lane >= D / 8 || count <= 0) return;
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            sum[j] = (sum[j] / count - (centre ? centre[channel + j] : 0.f)) * by;
-        store_pooled(to + (static_cast<i64>(block) * warps + warp) * 2 * D, D, channel, sum);
-    } else if (POOL == 2) {
-        if (lane < D / 8)
-#pragma unroll
-            for (int j = 0; j < 8; j++) scratch[warp][channel + j] = sum[j];
-        __syncthreads();
-        if (warp != 0 || lane >= D / 8) return;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float total = 0.f;
-            for (int w = 0; w < warps; w++) total += scratch[w][channel + j];
-            sum[j] = (total / rows - (centre ? centre[channel + j] : 0.f)) * by;
-        }
-        store_pooled(to + static_cast<i64>(block) * 2 * D, D, channel, sum);
-    }
-}
-
 template <int D, class T, int POOL>
 __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scratch)[D]) {
     const int pair = index / a.q_blocks, block = index % a.q_blocks;
@@ -198,33 +74,41 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
         a.qo_len);
     i8 *image = a.q8 + static_cast<i64>(index) * (BLOCK_Q * D);
     const float sign = a.scale_log2 < 0.f ? -1.f : 1.f;
-    const int kv_pair = batch * a.kv_heads + head / (a.heads / a.kv_heads);
-    float mean[8];
+    constexpr int ROWS = Part<D>::ROWS, LANES = Part<D>::LANES;
+    u32 tops[ROWS / 2];
+    part.row_tops(tops);
+    // Lanes that share rows divide them.
+    const int lane = threadIdx.x % 32, mine = lane % ROWS;
+    u32 top = tops[0];
 #pragma unroll
-    for (int j = 0; j < 8; j++) mean[j] = a.k_mean[kv_pair * D + part.channel + j];
+    for (int i = 1; i < ROWS / 2; i++) top = mine / 2 == i ? tops[i] : top;
+    const float most = mine % 2 ? Half2<T>::hi(top) : Half2<T>::lo(top);
+    // Never zero: a cut score is −∞ times this. Rows of smaller ones count as zero.
+    const float scale = most / 127.f * fabsf(a.scale_log2);
+    const bool is_zero = is_tiny(most) || scale < 1e-20f;
+    const float by = is_zero ? 0.f : sign * 127.f / most;
+    const i64 at = static_cast<i64>(index) * BLOCK_Q + warp * SUB + part.row;
+    if (lane % LANES < ROWS) a.q_scale[at + mine] = scale < 1e-20f ? 1e-20f : scale;
 #pragma unroll
-    for (int i = 0; i < Part<D>::ROWS; i++) {
-        u32 top = 0;
-        float shift = 0.f;
+    for (int i = 0; i < ROWS; i++)
+        part.store_int8(image, warp * SUB, i, __shfl_sync(FULL, by, lane / LANES * LANES + i));
+    if (a.q_shift) {
+        const int kv_pair = batch * a.kv_heads + head / (a.heads / a.kv_heads);
+        float shift[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) shift[i] = 0.f;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            top = umax(top, magnitude(part.x[i][j]));
-            shift = fmaf(part.x[i][j], mean[j], shift);
+            const float mean = a.k_mean[kv_pair * D + part.channel + j];
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) shift[i] = fmaf(part.x[i][j], mean, shift[i]);
         }
 #pragma unroll
-        for (int step = 1; step < Part<D>::LANES; step *= 2) {
-            top = umax(top, __shfl_xor_sync(FULL, top, step));
-            shift += __shfl_xor_sync(FULL, shift, step);
-        }
-        const float most = as_float(top);
-        // Never zero: a cut score is −∞ times this. Rows of smaller ones count as zero.
-        const float scale = most / 127.f * fabsf(a.scale_log2);
-        const bool is_zero = is_tiny(most) || scale < 1e-20f;
-        part.store_int8(image, warp * SUB, i, is_zero ? 0.f : sign * 127.f / most);
-        if (part.channel == 0) {
-            const i64 at = static_cast<i64>(index) * BLOCK_Q + warp * SUB + part.row + i;
-            a.q_scale[at] = scale < 1e-20f ? 1e-20f : scale;
-            a.q_shift[at] = shift * a.scale_log2;
+        for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+            for (int step = 1; step < LANES; step *= 2)
+                shift[i] += __shfl_xor_sync(FULL, shift[i], step);
+            if (part.channel == 0) a.q_shift[at + i] = shift[i] * a.scale_log2;
         }
     }
     const float norm = sqrtf(part.largest_square()) * fabsf(a.scale_log2);
@@ -239,7 +123,8 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
 
 template <int D, class T, int POOL>
 __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*scratch)[D],
-                                            uint4 *image, u32 *tops, u32 *bad_rows) {
+                                            uint4 *image, u32 *tops, u32 *bad_rows,
+                                            float *v_by) {
     const int pair = index / a.kv_blocks, block = index % a.kv_blocks;
     const int batch = pair / a.kv_heads, head = pair % a.kv_heads;
     const int warp = threadIdx.x / 32 % 4, first = block * BLOCK_KV + warp * SUB;
@@ -254,17 +139,26 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
     u32 bad = 0;
     if (is_key) {
         if (POOL) part.column_sums(sum);
-        u32 top = 0;
+        float most = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float centre = mean[part.channel + j];
+#pragma unroll
+            for (int i = 0; i < Part<D>::ROWS; i++) part.x[i][j] -= centre;
+        }
+        if (first + SUB > a.kv_len)
+#pragma unroll
+            for (int i = 0; i < Part<D>::ROWS; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    if (first + part.row + i >= a.kv_len) part.x[i][j] = 0.f;
 #pragma unroll
         for (int i = 0; i < Part<D>::ROWS; i++)
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                part.x[i][j] = first + part.row + i < a.kv_len
-                    ? part.x[i][j] - mean[part.channel + j] : 0.f;
-                top = umax(top, magnitude(part.x[i][j]));
-            }
-        top = __reduce_max_sync(FULL, top);
-        if (top >= 0x7f800000u) {
+            for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(part.x[i][j]));
+        u32 top = __reduce_max_sync(FULL, as_bits(most));
+        float square = part.largest_square();
+        if (!is_finite(square)) {
             top = 0;
 #pragma unroll
             for (int i = 0; i < Part<D>::ROWS; i++)
@@ -277,8 +171,9 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                     top = umax(top, magnitude(part.x[i][j]));
                 }
             top = __reduce_max_sync(FULL, top);
+            square = part.largest_square();
         }
-        const float norm = sqrtf(part.largest_square());
+        const float norm = sqrtf(square);
         if (threadIdx.x % 32 == 0) {
             tops[warp] = top;
             atomicMax(a.k_norm + pair, as_bits(norm));
@@ -289,11 +184,28 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
         // Part of a channel's rounding error is taken off its next keys (of this thread's): attention
         // weights neighbours alike, so the errors cancel in the sum. A fifth less error of O.
         constexpr int ROWS = Part<D>::ROWS, WORDS = ROWS / 4;
+        u32 top = part.tops[0];
+#pragma unroll
+        for (int i = 1; i < ROWS; i++) top = __vmaxu2(top, part.tops[i]);
+        if (umax(top >> 16, top & 0xffff) >= ENDLESS<T>)
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    if (!is_finite(part.x[i][j])) {
+                        part.x[i][j] = 0.f;
+                        bad |= 1u << (part.row + i);
+                    }
+        // A division a channel, not one for each of a thread's.
+        for (int i = threadIdx.x - THREADS / 2; i < D; i += THREADS / 2) {
+            const float most = as_float(a.v_amax[pair * D + i]);
+            v_by[i] = is_tiny(most) ? 0.f : 448.f / most;
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(THREADS / 2) : "memory");
         float by[8], carry[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const u32 most = a.v_amax[pair * D + part.channel + j];
-            by[j] = is_tiny(as_float(most)) ? 0.f : 448.f / as_float(most);
+            by[j] = v_by[part.channel + j];
             carry[j] = 0.f;
         }
         u32 packed[8][WORDS];
@@ -305,9 +217,7 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                 float y[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    const float x = part.x[i][2 * p + j];
-                    y[j] = is_finite(x) ? fmaf(x, by[2 * p + j], carry[2 * p + j]) : 0.f;
-                    if (!is_finite(x)) bad |= 1u << (part.row + i);
+                    y[j] = fmaf(part.x[i][2 * p + j], by[2 * p + j], carry[2 * p + j]);
                 }
                 code[i] = e4m3x2(y[0], y[1]);
                 const u32 back = f16x2_of_e4m3x2(code[i]);
@@ -384,10 +294,11 @@ __global__ void __launch_bounds__(THREADS, D == 64 ? 3 : 2) quantize(const __gri
     __shared__ float scratch[8][D];
     __shared__ uint4 image[D * BLOCK_KV / 16];
     __shared__ u32 tops[4], bad_rows[THREADS / 32];
+    __shared__ float v_by[D];
     wait_for_predecessor();
     const int q_blocks = a.batch * a.heads * a.q_blocks;
     if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch);
-    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows);
+    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows, v_by);
 }
 
 }  // namespace sparge

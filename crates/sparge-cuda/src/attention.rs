@@ -184,7 +184,7 @@ impl Attention {
             if self.hopper.is_none() || self.predicts_by_tables() || output.stats.is_some() {
                 self.upload(stream, workspace)?;
             }
-            self.start(stream, inputs, workspace)?;
+            self.start(stream, inputs, output.lse.is_some(), workspace)?;
             if let Some(mask) = mask {
                 self.choose(stream, inputs, mask, workspace)?;
             }
@@ -209,7 +209,7 @@ impl Attention {
             if self.hopper.is_none() {
                 self.upload(stream, workspace)?;
             }
-            self.start(stream, inputs, workspace)
+            self.start(stream, inputs, true, workspace)
         }
     }
 
@@ -288,12 +288,18 @@ impl Attention {
         unsafe { self.general.upload(stream, workspace + self.general_at as u64) }
     }
 
-    /// `quantize` of checked inputs.
-    unsafe fn start(&self, stream: Stream, inputs: &Inputs, workspace: u64) -> Result<()> {
+    /// `quantize` of checked inputs; on the fast path only `with_lse` serves an attention that returns it.
+    unsafe fn start(
+        &self,
+        stream: Stream,
+        inputs: &Inputs,
+        with_lse: bool,
+        workspace: u64,
+    ) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe {
             match &self.hopper {
-                Some(hopper) => hopper.quantize(stream, inputs, workspace),
+                Some(hopper) => hopper.quantize(stream, inputs, with_lse, workspace),
                 None => self.general.quantize(stream, inputs, workspace + self.general_at as u64),
             }
         }

@@ -209,9 +209,10 @@ macro_rules! source {
 }
 
 /// What the sources include.
-pub(crate) const HEADERS: [Source; 13] = [
+pub(crate) const HEADERS: [Source; 14] = [
     source!("sparge/types.cuh"),
     source!("sparge/tiles.cuh"),
+    source!("sparge/part.cuh"),
     source!("sparge/call.cuh"),
     source!("sparge/rows.cuh"),
     source!("sparge/walk.cuh"),
@@ -393,8 +394,8 @@ impl KernelSpec {
                 128 * qk + v + 64 * 4 + 8 * dim
             }
             Self::Select { .. } => SELECT_SHARED_BYTES,
-            // Tiles of q, k and v; the last kilobyte holds scales, tile records and barriers.
-            Self::Attend { dim, .. } => 2 * 128 * dim + STAGES * 128 * (2 * dim + 8) + 1024,
+            // Tiles of q, k and v; scales, tile records and barriers share the rest.
+            Self::Attend { dim, .. } => 2 * 128 * dim + STAGES * 128 * (2 * dim + 8) + 3072,
             _ => 0,
         }
     }

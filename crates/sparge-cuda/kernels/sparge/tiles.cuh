@@ -29,7 +29,10 @@ template <int D, int STAGES> struct alignas(1024) Smem {
     float k_scale[STAGES][2][4];  // the scale, bits of bad keys, nothing
     // The producer's own: it has only 24 registers.
     int index, uncut, base, end, items, far;
-    float norms[Q_STAGES];  // ‖q‖·‖k‖ of the item
+    // Of an item: scales of its queries, largest |v| of its channels, ‖q‖·‖k‖.
+    alignas(16) float q_scale[Q_STAGES][BLOCK_Q];
+    u32 v_amax[Q_STAGES][D];
+    float norms[Q_STAGES];
     u64 q_full[Q_STAGES], q_empty[Q_STAGES];
     u64 full[STAGES], empty[STAGES];
 };
@@ -87,20 +90,23 @@ __device__ __forceinline__ void produce(const Args &a, Smem<D, STAGES> &s) {
         Ring<Q_STAGES> q_ring;
         q_ring.count = mine.items;
         mine.items = q_ring.count + 1;
-        const float norms = as_float(a.q_norm[item.head * a.q_blocks + item.q_block]) *
-                            as_float(a.k_norm[item.head / (a.heads / a.kv_heads)]);
+        const u32 q_block = item.head * a.q_blocks + item.q_block;  // of all heads'
+        const u32 kv_head = item.head / (a.heads / a.kv_heads);
+        const float norms = as_float(a.q_norm[q_block]) * as_float(a.k_norm[kv_head]);
         mbar_wait(shared_address(&s.q_empty[q_ring.slot()]), q_ring.parity() ^ 1);
         const u32 q_full = shared_address(&s.q_full[q_ring.slot()]);
         s.norms[q_ring.slot()] = norms;
-        mbar_expect(q_full, BLOCK_Q * D);
-        bulk_load(shared_address(s.q[q_ring.slot()]),
-                  a.q8 + static_cast<u64>(static_cast<u32>(item.head * a.q_blocks + item.q_block)) *
-                             (BLOCK_Q * D),
+        mbar_expect(q_full, BLOCK_Q * (D + 4) + 4 * D);
+        bulk_load(shared_address(s.q[q_ring.slot()]), a.q8 + static_cast<u64>(q_block) * (BLOCK_Q * D),
                   BLOCK_Q * D, q_full);
+        bulk_load(shared_address(s.q_scale[q_ring.slot()]),
+                  a.q_scale + static_cast<u64>(q_block) * BLOCK_Q, 4 * BLOCK_Q, q_full);
+        bulk_load(shared_address(s.v_amax[q_ring.slot()]), a.v_amax + static_cast<u64>(kv_head) * D,
+                  4 * D, q_full);
 
         // Blocks before this one are seen whole by every row.
         mine.uncut = visible_end(a, item.q_block * BLOCK_Q) / BLOCK_KV;
-        mine.base = item.head / (a.heads / a.kv_heads) * a.kv_blocks;
+        mine.base = kv_head * a.kv_blocks;
         mine.end = reachable_blocks(a, min(a.qo_len, (item.q_block + 1) * BLOCK_Q));
         Blocks blocks(a, item, mine.end);
         int b0 = blocks.next();

@@ -39,7 +39,8 @@ struct Args {
     Strides qs, ks, vs, os;
     i8 *q8;               // [batch, heads, q_blocks] images of 128 x d, swizzled
     float *q_scale;       // [batch, heads, q_blocks * 128], softmax scale and log2(e) included
-    float *q_shift;       // the same shape: what the mean of K adds to each row's scores, log2
+    float *q_shift;       // the same shape: what the mean of K adds to each row's scores, log2;
+                          // null for `quantize`: not wanted
     i8 *k8;               // [batch, kv_heads, kv_blocks] images of 64 x d, swizzled
     float *k_scale;       // [batch, kv_heads, kv_blocks, 2, 4], of four: the scale, then 64 bits of
                           // keys whose K or V is not finite (they are stored as 0), nothing.

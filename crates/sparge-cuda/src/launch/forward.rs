@@ -24,7 +24,8 @@ pub(crate) struct Pass {
 }
 
 impl Hopper {
-    /// Quantises and pools q, k and v into the workspace.
+    /// Quantises and pools q, k and v into the workspace; for `attend` without a log-sum-exp, unless
+    /// `with_lse`.
     ///
     /// # Safety
     /// As `Attention::forward`.
@@ -35,9 +36,13 @@ impl Hopper {
         &self,
         stream: Stream,
         inputs: &Inputs,
+        with_lse: bool,
         workspace: u64,
     ) -> Result<()> {
         let mut args = self.arguments(workspace);
+        if !with_lse {
+            args.q_shift = 0;
+        }
         (args.q, args.q_strides) = part(&inputs.q);
         (args.k, args.k_strides) = part(&inputs.k);
         (args.v, args.v_strides) = part(&inputs.v);

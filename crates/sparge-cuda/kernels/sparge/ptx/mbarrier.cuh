@@ -38,6 +38,16 @@ __device__ __forceinline__ void mbar_wait(u32 bar, u32 parity) {
         "r"(parity)
         : "memory");
 }
+/// Whether the phase is complete, asked ahead: a wait takes 60 to 90 cycles even where it is.
+__device__ __forceinline__ u32 mbar_test(u32 bar, u32 parity) {
+    u32 is_complete;
+    asm volatile(
+        "{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(is_complete)
+        : "r"(bar), "r"(parity)
+        : "memory");
+    return is_complete;
+}
 /// Copies `bytes` (a multiple of 16) to shared memory and counts them on `bar`.
 __device__ __forceinline__ void bulk_load(u32 to, const void *from, u32 bytes, u32 bar) {
     asm volatile(
