@@ -357,7 +357,7 @@ template <int D, class T, int STAGES> struct Consumer {
             wgmma_wait<0>();
             pin_registers(part);
             if (!is_first) {
-                mbar_arrive_warp(empty((ring.count - 1) % STAGES));
+                mbar_arrive(empty((ring.count - 1) % STAGES));
                 accumulate(before);
             }
             const u32 slot = uniform(ring.slot()), next = uniform((ring.count + 1) % STAGES);
@@ -377,7 +377,7 @@ template <int D, class T, int STAGES> struct Consumer {
         issue_pv(ring.slot());
         wgmma_wait<0>();
         pin_registers(part);
-        mbar_arrive_warp(empty(ring.slot()));
+        mbar_arrive(empty(ring.slot()));
         accumulate(alpha);
         ring.next();
     }
@@ -399,7 +399,7 @@ template <int D, class T, int STAGES> struct Consumer {
             tiles(scores, flags);
             asm volatile("" : "+r"(index));
             finish(Item(a, index));
-            mbar_arrive_warp(PLACE(q_empty) + 8 * q_slot);
+            mbar_arrive(PLACE(q_empty) + 8 * q_slot);
             q_ring.next();
         }
     }
@@ -414,11 +414,11 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             mbar_init(shared_address(&s.full[i]), 1);
-            mbar_init(shared_address(&s.empty[i]), CONSUMERS / 32);
+            mbar_init(shared_address(&s.empty[i]), CONSUMERS);
         }
         for (int i = 0; i < Q_STAGES; i++) {
             mbar_init(shared_address(&s.q_full[i]), 1);
-            mbar_init(shared_address(&s.q_empty[i]), CONSUMERS / 32);
+            mbar_init(shared_address(&s.q_empty[i]), CONSUMERS);
         }
         mbar_init_fence();
     }

@@ -123,8 +123,7 @@ __device__ __forceinline__ void quantize_q(const Args &a, int index, float (*scr
 
 template <int D, class T, int POOL>
 __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*scratch)[D],
-                                            uint4 *image, u32 *tops, u32 *bad_rows,
-                                            float *v_by) {
+                                            uint4 *image, u32 *tops, u32 *bad_rows) {
     const int pair = index / a.kv_blocks, block = index % a.kv_blocks;
     const int batch = pair / a.kv_heads, head = pair % a.kv_heads;
     const int warp = threadIdx.x / 32 % 4, first = block * BLOCK_KV + warp * SUB;
@@ -196,16 +195,18 @@ __device__ __forceinline__ void quantize_kv(const Args &a, int index, float (*sc
                         part.x[i][j] = 0.f;
                         bad |= 1u << (part.row + i);
                     }
-        // A division a channel, not one for each of a thread's.
-        for (int i = threadIdx.x - THREADS / 2; i < D; i += THREADS / 2) {
-            const float most = as_float(a.v_amax[pair * D + i]);
-            v_by[i] = is_tiny(most) ? 0.f : 448.f / most;
+        // Each lane divides for D / 32 channels and gets its own eight from those that did.
+        constexpr int OWN = D / 32;
+        const int lane = threadIdx.x % 32;
+        float own[OWN], by[8], carry[8];
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            const float most = as_float(a.v_amax[pair * D + lane * OWN + i]);
+            own[i] = is_tiny(most) ? 0.f : 448.f / most;
         }
-        asm volatile("bar.sync 1, %0;" ::"n"(THREADS / 2) : "memory");
-        float by[8], carry[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            by[j] = v_by[part.channel + j];
+            by[j] = __shfl_sync(FULL, own[j % OWN], part.channel / OWN + j / OWN);
             carry[j] = 0.f;
         }
         u32 packed[8][WORDS];
@@ -294,11 +295,10 @@ __global__ void __launch_bounds__(THREADS, D == 64 ? 3 : 2) quantize(const __gri
     __shared__ float scratch[8][D];
     __shared__ uint4 image[D * BLOCK_KV / 16];
     __shared__ u32 tops[4], bad_rows[THREADS / 32];
-    __shared__ float v_by[D];
     wait_for_predecessor();
     const int q_blocks = a.batch * a.heads * a.q_blocks;
     if (blockIdx.x < q_blocks) quantize_q<D, T, POOL>(a, blockIdx.x, scratch);
-    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows, v_by);
+    else quantize_kv<D, T, POOL>(a, blockIdx.x - q_blocks, scratch, image, tops, bad_rows);
 }
 
 }  // namespace sparge

@@ -45,7 +45,7 @@ template <int N> __device__ __forceinline__ float sum_of_four(const float (&part
 template <class T, bool HAS_MASK>
 __global__ void __launch_bounds__(SLAB_THREADS, 3) sample(const __grid_constant__ Call a) {
     constexpr int ROWS = HALVES<T> * SLAB_ROWS;
-    extern __shared__ __align__(128) u8 tiles[];
+    extern __shared__ __align__(1024) u8 tiles[];
     __shared__ int places[ROWS];
     wait_for_predecessor();
     const int count = a.sampled_rows, groups = ceil_div(a.q_blocks * count, ROWS);

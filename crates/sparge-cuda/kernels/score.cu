@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(SLAB_THREADS, D == 64 ? 3 : 2) score(const __g
     constexpr int SUB_Q = BLOCK_Q / SUBS_Q, SUB_K = BLOCK_KV / SUBS_K;
     constexpr int PART = D / 64, SLABS = 2 * PART;  // of the high or the low parts; of a pooled row
     constexpr int WIDTH = 128 * SLABS, ROWS = 2 * SLAB_ROWS;
-    extern __shared__ __align__(128) u8 tiles[];
+    extern __shared__ __align__(1024) u8 tiles[];
     wait_for_predecessor();
     const int some_heads = gridDim.y / a.batch, batch = blockIdx.y / some_heads;
     const int head = a.first_head + blockIdx.y % some_heads, pair = batch * a.heads + head;

@@ -3,6 +3,9 @@
 #include "sparge/types.cuh"
 #include "sparge/ptx/math.cuh"
 #include "sparge/ptx/mma.cuh"
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#include "sparge/ptx/wgmma.cuh"
+#endif
 
 namespace sparge {
 
@@ -46,6 +49,9 @@ struct Ring {
     /// Waits for the next slab and asks for another, in the place of the one before.
     __device__ __forceinline__ u32 take() {
         copy_wait<SLAB_STAGES - 2>();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // warpgroup products read it
+#endif
         __syncthreads();  // the slab is there, and all are done with the one before
         fetch();
         const u32 slab = ring + stage * SLAB;
@@ -87,6 +93,33 @@ __device__ __forceinline__ void multiply<F32>(float (&c)[4], const u32 (&a)[4], 
     mma_tf32(c, top, top0, top1);
 }
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/// `multiply_slabs` of two-byte elements where there are warpgroup products: the thread block is one.
+template <class T, int PARTS, int HALVES>
+__device__ __forceinline__ void multiply_slabs_wgmma(float (&c)[HALVES][8][4], const u32 (&rows)[PARTS],
+                                                     int apart, u32 keys) {
+    const auto pin = [&] {
+#pragma unroll
+        for (int h = 0; h < HALVES; h++)
+#pragma unroll
+            for (int n = 0; n < 8; n++) pin_registers(c[h][n]);
+    };
+    pin();
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++)
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+#pragma unroll
+            for (int h = 0; h < HALVES; h++)
+                wgmma_half<T>(c[h], descriptor(rows[p] + h * apart) + 2 * step,
+                              descriptor(keys) + 2 * step);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin();
+}
+#endif
+
 /// f32 has no registers for more.
 template <class T> constexpr int STEPS_AT_ONCE = 4;
 template <> constexpr int STEPS_AT_ONCE<F32> = 1;
@@ -97,6 +130,12 @@ template <> constexpr int STEPS_AT_ONCE<F32> = 1;
 template <class T, int PARTS, int HALVES>
 __device__ __forceinline__ void multiply_slabs(float (&c)[HALVES][8][4], const u32 (&rows)[PARTS], int apart,
                                                u32 keys) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (IsHalf<T>::value) {
+        multiply_slabs_wgmma<T>(c, rows, apart, keys);
+        return;
+    }
+#endif
     const int lane = threadIdx.x % 32;
     // Of matrices 0 to 3: rows + 0, + 8, + 0, + 8 of 32 bytes' first, first, second, second half.
     const u32 a_at = Placed<128>::at(threadIdx.x / 32 * 16 + lane % 16, lane / 16);

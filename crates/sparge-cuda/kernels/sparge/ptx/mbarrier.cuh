@@ -16,13 +16,6 @@ __device__ __forceinline__ void mbar_init_fence() {
 __device__ __forceinline__ void mbar_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-/// One arrival for the whole warp, after what its threads did before.
-__device__ __forceinline__ void mbar_arrive_warp(u32 bar) {
-    asm volatile(
-        "{.reg .pred p; bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff;"
-        "@p mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(bar)
-        : "memory");
-}
 __device__ __forceinline__ void mbar_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                  : "memory");

@@ -32,6 +32,8 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], u32 addres
                  : "memory");
 }
 
+template <class T> struct IsHalf { static constexpr bool value = true; };
+template <> struct IsHalf<F32> { static constexpr bool value = false; };
 template <class T> struct IsF16 { static constexpr bool value = false; };
 template <> struct IsF16<F16> { static constexpr bool value = true; };
 /// What Q·Kᵀ sums in.

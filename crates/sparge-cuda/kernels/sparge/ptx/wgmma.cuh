@@ -90,4 +90,32 @@ __device__ __forceinline__ void wgmma_e4m3(float (&acc)[68], u32 a0, u32 a1, u32
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b), "r"(add), "n"(DESCRIPTOR_HIGH<BLOCK_KV>));
 }
 
+/// acc += a·bᵀ: 64 x 64 x 16, two-byte elements, both operands in shared memory with rows of 128 bytes.
+/// acc[n][2r + i]: row lane / 4 + 8r of a warp's 16, column 8n + 2 · (lane % 4) + i.
+template <class T> __device__ __forceinline__ void wgmma_half(float (&acc)[8][4], u32 a, u32 b);
+template <>
+__device__ __forceinline__ void wgmma_half<Bf16>(float (&acc)[8][4], u32 a, u32 b) {
+    asm volatile(
+        "{.reg .b64 a, b; mov.b64 a, {%32, %34}; mov.b64 b, {%33, %34};"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, a, b, 1, 1, 1, 0, 0;}"
+        : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]), "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
+          "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]), "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]),
+          "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]), "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3]),
+          "+f"(acc[6][0]), "+f"(acc[6][1]), "+f"(acc[6][2]), "+f"(acc[6][3]), "+f"(acc[7][0]), "+f"(acc[7][1]), "+f"(acc[7][2]), "+f"(acc[7][3])
+        : "r"(a), "r"(b), "n"(DESCRIPTOR_HIGH<128>));
+}
+template <>
+__device__ __forceinline__ void wgmma_half<F16>(float (&acc)[8][4], u32 a, u32 b) {
+    asm volatile(
+        "{.reg .b64 a, b; mov.b64 a, {%32, %34}; mov.b64 b, {%33, %34};"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, a, b, 1, 1, 1, 0, 0;}"
+        : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]), "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
+          "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]), "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]),
+          "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]), "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3]),
+          "+f"(acc[6][0]), "+f"(acc[6][1]), "+f"(acc[6][2]), "+f"(acc[6][3]), "+f"(acc[7][0]), "+f"(acc[7][1]), "+f"(acc[7][2]), "+f"(acc[7][3])
+        : "r"(a), "r"(b), "n"(DESCRIPTOR_HIGH<128>));
+}
+
 }  // namespace sparge
