@@ -1,4 +1,4 @@
-"""What the tests share: seeds, no gradients, and inputs with structure worth predicting."""
+"""What the tests share: seeds, no gradients, and the devices they run on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ def _inference() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test's tensors are."""
+    return str(request.param)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

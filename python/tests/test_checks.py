@@ -11,7 +11,17 @@ import torch
 from common import qkv
 
 # The default: SDPA itself up to a length, the operator from there on.
-LENGTHS = (300, 2100)
+BELOW, BEYOND = 300, {"cpu": 2100, "cuda": 8300}
+
+
+@pytest.fixture(params=["below", "beyond"])
+def length(request: pytest.FixtureRequest, device: str) -> int:
+    """One on either side of the device's crossover."""
+    return BELOW if request.param == "below" else BEYOND[device]
+
+
+def operands(device: str, length: int) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+    return tuple(torch.randn(1, 2, length, 16, device=device) for _ in range(3))  # type: ignore[return-value]
 
 
 def refused(match: str, *tensors: Any, **options: Any) -> None:
@@ -21,15 +31,14 @@ def refused(match: str, *tensors: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_types_and_sizes(length: int, layout: str) -> None:
-    q, k, v = qkv(2, 2, q_len=length, dim=16)
+def test_types_and_sizes(length: int, layout: str, device: str) -> None:
+    q, k, v = operands(device, length)
     cut = v[:, :, :-1]
-    wide = torch.zeros(1, 2, length, 300)
+    wide = torch.zeros(1, 2, length, 300, device=device)
     calls = (
         ("dtype is torch.float64", [x.double() for x in (q, k, v)]),
         ("must be the same", [q, k.half(), v]),
-        ("300 tokens|2100 tokens|kv_len differs", [q, k, cut]),
+        (f"{length} tokens|kv_len differs", [q, k, cut]),
         ("head dim|head_dim", [wide, wide, v]),
         ("head dim|head_dim", [q, k, wide]),
         ("head dim|head_dim|key", [q, k[..., :8], v]),
@@ -38,28 +47,26 @@ def test_types_and_sizes(length: int, layout: str) -> None:
         if layout == "NHD":
             tensors = [x.transpose(1, 2) for x in tensors]
         refused(match, *tensors, layout=layout)
-    three = torch.zeros(1, 3, length, 16)
+    three = torch.zeros(1, 3, length, 16, device=device)
     refused("multiple", three, k, v, enable_gqa=True)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_masks(length: int) -> None:
-    q, k, v = qkv(2, 2, q_len=length, dim=16)
+def test_masks(length: int, device: str) -> None:
+    q, k, v = operands(device, length)
     for mask in (
         torch.ones(length, length, dtype=torch.int64), torch.ones(length, length - 1, dtype=torch.bool),
         torch.zeros(3, 1, 1, length), torch.ones(1, 1, 1, 1, length, dtype=torch.bool),
         torch.ones(1, 3, 1, length, dtype=torch.bool),
     ):  # fmt: skip
-        refused("mask", q, k, v, attn_mask=mask)
+        refused("mask", q, k, v, attn_mask=mask.to(device))
     # A float mask of another type means the same at every length.
-    bias = torch.randn(1, 1, 1, length)
+    bias = torch.randn(1, 1, 1, length, device=device)
     dense = sparge.attention(q, k, v, bias)
     assert torch.allclose(sparge.attention(q, k, v, bias.double()), dense, atol=1e-4)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_words(length: int) -> None:
-    q, k, v = qkv(2, 2, q_len=length, dim=16)
+def test_words(length: int, device: str) -> None:
+    q, k, v = operands(device, length)
     refused("causal_alignment", q, k, v, is_causal=True, causal_alignment="bogus")
     refused("causal_alignment", q, k, v, causal_alignment="bogus")
     for options in ({}, {"topk": 0.5}):
@@ -67,26 +74,25 @@ def test_words(length: int) -> None:
             sparge.attention(q, k, v, fallback="bogus", **options)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_frameworks_do_not_mix(length: int) -> None:
-    q, k, v = qkv(2, 2, q_len=length, dim=16)
+def test_frameworks_do_not_mix(length: int, device: str) -> None:
+    q, k, v = operands(device, length)
     blocks = np.ones((1, 1, -(-length // 128), -(-length // 64)), bool)
     mask = np.ones((length, length), bool)
     for options in ({}, {"topk": 0.5}):
         with pytest.raises(TypeError, match="key numpy.ndarray"):
-            sparge.attention(q, k.numpy(), v, **options)
+            sparge.attention(q, k.cpu().numpy(), v, **options)
         with pytest.raises(TypeError, match="value numpy.ndarray"):
-            sparge.attention(q, k, v.numpy(), **options)
+            sparge.attention(q, k, v.cpu().numpy(), **options)
         with pytest.raises(TypeError, match="attn_mask numpy.ndarray"):
             sparge.attention(q, k, v, mask, **options)
         with pytest.raises(TypeError, match="key numpy.ndarray"):
-            sparge.predict(q, k.numpy(), **options)
+            sparge.predict(q, k.cpu().numpy(), **options)
     with pytest.raises(TypeError, match="block_mask numpy.ndarray"):
         sparge.block_sparse_attention(q, k, v, blocks)
 
 
-def test_settings_by_name() -> None:
-    q, k, v = qkv(2, 2, q_len=300, dim=16)
+def test_settings_by_name(device: str) -> None:
+    q, k, v = operands(device, 300)
     for call in (sparge.attention, lambda q, k, v, **options: sparge.predict(q, k, **options)):
         with pytest.raises(TypeError, match="config is dict"):
             call(q, k, v, config={"topk": 0.5})

@@ -1,31 +1,28 @@
-"""The same operator on a GPU, and what only a GPU has: streams, graphs, long sequences."""
+"""What only a GPU has: its arithmetic, streams, graphs, long sequences. What it shares with the CPU is in
+the other files, whose tests run on both devices."""
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
 from typing import Any, Optional
 
+import common
 import pytest
 import sparge
 import torch
 import torch.nn.functional as F
-from common import awkward_keys, exact, expand, qkv, relative_l1, same_bits
-from sparge import _cuda, _ops
+from common import HALF, QUANTIZED, awkward_keys, exact, expand, relative_l1, same_bits
+from sparge import _ops
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]
 
-# Against float64. fp8 (e4m3, 3 bits of mantissa) rounds P and V by 2.6% each in the root mean square;
-# averages of values around zero shrink no faster than the errors do. And 16-bit products.
-QUANTIZED, HALF = 0.04, 0.01
-
-
-def inputs(**options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return qkv(device="cuda", **{"dtype": torch.bfloat16, **options})
+inputs = functools.partial(common.inputs, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -45,30 +42,6 @@ def test_keep_all_is_exact(dtype: torch.dtype, dim: int, causal: Optional[str]) 
     assert relative_l1(sparge.attention(q, k, v, config=config, **options), want) < HALF
 
 
-@pytest.mark.parametrize("masking", ["bool", "bias", "window", "lengths", "blocks"])
-def test_masks(masking: str) -> None:
-    q, k, v = inputs(q_len=500, kv_len=500, batch=2)
-    call: dict[str, Any] = {"topk": 1.0, "enable_gqa": True}
-    book: dict[str, Any] = {}
-    if masking == "bool":
-        call["attn_mask"] = book["mask"] = torch.rand(1, 4, 500, 500, device="cuda") < 0.7
-    elif masking == "bias":
-        call["attn_mask"] = book["bias"] = torch.randn(2, 1, 1, 500, device="cuda")
-    elif masking == "window":
-        call["window"] = book["window"] = (100, 30)
-    elif masking == "lengths":
-        call["key_lengths"] = [500, 123]
-        lengths = torch.tensor([500, 123], device="cuda")[:, None, None, None]
-        book["mask"] = torch.arange(500, device="cuda") < lengths
-    else:
-        book["blocks"] = torch.rand(1, 4, 4, 8, device="cuda") < 0.6
-        book["blocks"][..., 0] = True
-        got = sparge.block_sparse_attention(q, k, v, book["blocks"], enable_gqa=True)
-    if masking != "blocks":
-        got = sparge.attention(q, k, v, **call)
-    assert relative_l1(got, exact(q, k, v, **book)[0]) < QUANTIZED
-
-
 @pytest.mark.parametrize("pooling", ["block", "sub_block", "second_order"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_masks_agree_with_the_cpu(pooling: str, is_causal: bool) -> None:
@@ -82,45 +55,6 @@ def test_masks_agree_with_the_cpu(pooling: str, is_causal: bool) -> None:
     if is_causal:
         everything = sparge.predict(q, k, is_causal=True, topk=1.0).tensor
         assert not (gpu.to("cuda") & ~everything).any()
-
-
-def test_sparse_is_attention_over_its_blocks_and_stats_count_them() -> None:
-    q, k, v = inputs(q_len=3000)
-    blocks = sparge.predict(q, k, topk=0.3, is_causal=True).tensor
-    got, stats = sparge.attention(
-        q, k, v, topk=0.3, is_causal=True, enable_gqa=True, return_stats=True
-    )
-    want, _ = exact(q, k, v, blocks=blocks, causal="top_left")
-    assert relative_l1(got, want) < QUANTIZED
-    reachable = sparge.predict(q, k, topk=1.0, is_causal=True).tensor
-    skipped = 1 - float((blocks & reachable).sum()) / float(reachable.sum())
-    assert stats.qk_sparsity() == pytest.approx(skipped, abs=1e-6) and skipped > 0.5
-
-
-def test_keep_keys_and_queries() -> None:
-    q, k, v = inputs(heads=4, kv_heads=4, q_len=1500)
-    config = sparge.Config(topk=0.2, pooling="sub_block")
-    predicted = sparge.predict(q, k, config=config).tensor
-    for kept in ({"keep_keys": ((600, 700),)}, {"keep_queries": ((600, 700), (0, 1))},
-                 {"keep_keys": ((0, 64),), "keep_queries": ((1400, 1500),)}):  # fmt: skip
-        blocks = predicted.clone()
-        for start, end in kept.get("keep_keys", ()):
-            blocks[..., start // 64 : -(-end // 64)] = True
-        for start, end in kept.get("keep_queries", ()):
-            blocks[:, :, start // 128 : -(-end // 128)] = True
-        got = sparge.attention(q, k, v, config=config, **kept)
-        assert relative_l1(got, exact(q, k, v, blocks=blocks)[0]) < QUANTIZED
-
-
-def test_packing_round_trip() -> None:
-    mask = torch.rand(2, 3, 5, 77, device="cuda") < 0.5
-    assert torch.equal(_cuda.unpack(_cuda.pack(mask, 4), 77), mask)
-
-
-def test_defaults_at_short_lengths_are_sdpa() -> None:
-    q, k, v = inputs(q_len=600)
-    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert torch.equal(sparge.attention(q, k, v, is_causal=True, enable_gqa=True), want)
 
 
 def test_what_is_dense_anyway_is_sdpa() -> None:
@@ -311,25 +245,6 @@ def test_tensors_on_another_device_are_refused() -> None:
             _ops.attention(**call)
 
 
-def test_block_masks_must_fit() -> None:
-    q, k, v = inputs(q_len=300)
-    for wrong in (
-        torch.ones(1, 1, 3, 6, dtype=torch.bool, device="cuda"),
-        torch.ones(1, 1, 3, 5, dtype=torch.uint8, device="cuda"),
-    ):
-        with pytest.raises(sparge.SpargeError, match="block_mask has shape"):
-            sparge.block_sparse_attention(q, k, v, wrong, enable_gqa=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_additive_masks_of_each_type(dtype: torch.dtype) -> None:
-    q, k, v = inputs(q_len=500, batch=2)
-    bias = torch.randn(2, 1, 500, 1, device="cuda", dtype=dtype) * 2
-    bias = bias + torch.randn(1, 1, 1, 500, device="cuda", dtype=dtype)
-    got = sparge.attention(q, k, v, bias, topk=1.0, enable_gqa=True)
-    assert relative_l1(got, exact(q, k, v, bias=bias)[0]) < QUANTIZED
-
-
 @pytest.mark.parametrize("asked", ["lse", "lengths", "window", "bottom_right", "keep_keys", "nhd"])
 def test_the_short_default_is_exact_however_it_is_asked_for(asked: str) -> None:
     q, k, v = inputs(q_len=600, kv_len=900, batch=2, dtype=torch.float16)
@@ -378,14 +293,6 @@ def test_predicting_nothing_still_heeds_masks() -> None:
         _ops.predict(q[:0], k[:0], None, None, None, "layout=HND select=all")
 
 
-def test_nhd() -> None:
-    q, k, v = inputs(q_len=1500)
-    want = sparge.attention(q, k, v, topk=0.5, is_causal=True, enable_gqa=True)
-    nhd = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    got = sparge.attention(*nhd, layout="NHD", topk=0.5, is_causal=True, enable_gqa=True)
-    assert relative_l1(got.transpose(1, 2), want) < 1e-3
-
-
 def test_compiles_with_masks_and_lengths() -> None:
     q, k, v = inputs(q_len=700, batch=2)
     mask = torch.rand(2, 1, 700, 700, device="cuda") < 0.8
@@ -405,24 +312,3 @@ def test_compiles_with_masks_and_lengths() -> None:
         fakes = [mode.from_tensor(x) for x in (q, k, v)]
         out = _ops.attention(*fakes, None, None, mode.from_tensor(lengths), "layout=HND topk=0.5")
     assert out.shape == q.shape and out.is_cuda
-
-
-def test_fallback_on_a_gpu() -> None:
-    q, k, v = (x.double() for x in inputs(q_len=200, kv_len=300, batch=2))
-    lengths = [300, 250]
-    with pytest.warns(UserWarning, match="float64"):
-        got = sparge.attention(
-            q, k, v, topk=0.5, enable_gqa=True, is_causal=True, causal_alignment="bottom_right",
-            key_lengths=lengths, fallback="dense",
-        )  # fmt: skip
-    for at, length in enumerate(lengths):
-        want, _ = exact(q[at : at + 1], k[at : at + 1, :, :length], v[at : at + 1, :, :length],
-                        causal="bottom_right")  # fmt: skip
-        assert relative_l1(got[at : at + 1], want) < 1e-6
-
-
-def test_key_lengths_are_checked_as_on_the_cpu() -> None:
-    q, k, v = inputs(q_len=300)
-    for lengths, words in (([2.5], "integers"), ([-1], "negative"), ([301], "301 keys")):
-        with pytest.raises(sparge.SpargeError, match=words):
-            sparge.attention(q, k, v, topk=0.5, enable_gqa=True, key_lengths=lengths)

@@ -11,7 +11,7 @@ import pytest
 import sparge
 import sparge.diffusers
 import torch
-from common import exact, qkv, relative_l1
+from common import HALF, alike, bound, exact, inputs, qkv, relative_l1
 from diffusers.models import attention_dispatch as dispatch
 from sparge.diffusers import _backend, _processors
 from sparge.diffusers._attend import Text, sparse
@@ -154,6 +154,18 @@ CASES: list[Callable[[], Case]] = [
 ]  # fmt: skip
 
 
+def made(case: Callable[[], Case], device: str) -> Case:
+    """The model and its inputs there."""
+
+    def there(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.to(device)
+        return type(x)(there(y) for y in x) if isinstance(x, (tuple, list)) else x
+
+    model, given = case()
+    return model.eval().to(device), {name: there(x) for name, x in given.items()}
+
+
 def run(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     torch.manual_seed(1)
     return model(**inputs, return_dict=False)[0]  # type: ignore[no-any-return]
@@ -169,24 +181,23 @@ def _sharpen(model: torch.nn.Module) -> None:
 # Mochi's own rotary code opens a float32 autocast region, which torch warns about on the CPU.
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 @pytest.mark.parametrize("case", CASES)
-def test_keep_all_is_native_and_sparse_is_near(case: Callable[[], Case]) -> None:
-    model, inputs = case()
-    model.eval()
+def test_keep_all_is_native_and_sparse_is_near(case: Callable[[], Case], device: str) -> None:
+    model, inputs = made(case, device)
     _sharpen(model)
     native = run(model, inputs)
     before = [type(m.processor) for m in model.modules() if hasattr(m, "processor")]
     with sparge.diffusers.enable(model, topk=1.0, pv_gap=math.inf):
-        assert relative_l1(run(model, inputs), native) < 2e-5
+        assert relative_l1(run(model, inputs), native) < bound(device, 2e-5)
     with sparge.diffusers.enable(model, topk=0.4, keep_first=0):
         sparse = run(model, inputs)
     assert 1e-5 < relative_l1(sparse, native) < 0.5  # it skipped, and it is still the same model
     with sparge.diffusers.enable(model, topk=0.4, dense_layers=10):
-        assert torch.equal(run(model, inputs), native)
+        assert alike(run(model, inputs), native)
     with sparge.diffusers.enable(model, topk=0.4, dense_steps=2) as handle:
-        assert torch.equal(run(model, inputs), native)
+        assert alike(run(model, inputs), native)
         handle.step = 2
-        assert not torch.equal(run(model, inputs), native)
-    assert torch.equal(run(model, inputs), native)
+        assert relative_l1(run(model, inputs), native) > 1e-5
+    assert alike(run(model, inputs), native)
     assert before == [type(m.processor) for m in model.modules() if hasattr(m, "processor")]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     for module in model.modules():
@@ -210,21 +221,21 @@ def test_text_queries_are_exact_and_text_keys_attended() -> None:
         assert relative_l1(got[:, :, image], want) < 1e-5
 
 
-def test_key_masks_leave_keys_out() -> None:
-    q, k, v = qkv(2, 2, q_len=700, batch=2)
-    mask = torch.ones(2, 1, 1, 700, dtype=torch.bool)
+def test_key_masks_leave_keys_out(device: str) -> None:
+    q, k, v = inputs(device, heads=2, kv_heads=2, q_len=700, batch=2)
+    mask = torch.ones(2, 1, 1, 700, dtype=torch.bool, device=device)
     mask[0, ..., 650:] = False  # a run: sliced
     mask[1, ..., 10:40] = False  # a hole: gathered
     config = sparge.Config(topk=1.0, pv_gap=math.inf)
     got = sparse(q, k, v, Text(0, 60), config, None, mask)
-    assert relative_l1(got, exact(q, k, v, mask=mask)[0]) < 1e-5
+    assert relative_l1(got, exact(q, k, v, mask=mask)[0]) < bound(device, 1e-5)
     with pytest.raises(sparge.SpargeError, match="without any key"):
-        sparse(q, k, v, None, config, None, torch.zeros(2, 1, 1, 700, dtype=torch.bool))
+        sparse(q, k, v, None, config, None, torch.zeros_like(mask))
 
 
-def test_ring_shards_merge_by_their_log_sum_exp() -> None:
+def test_ring_shards_merge_by_their_log_sum_exp(device: str) -> None:
     """What ring context parallelism does with the backend's second result."""
-    q, k, v = (x.transpose(1, 2) for x in qkv(4, 4, q_len=600))
+    q, k, v = (x.transpose(1, 2) for x in inputs(device, heads=4, kv_heads=4, q_len=600))
     parts = [
         _backend._ring_step(None, q, k[:, shard], v[:, shard], return_lse=True)
         for shard in (slice(0, 350), slice(350, 600))
@@ -234,7 +245,7 @@ def test_ring_shards_merge_by_their_log_sum_exp() -> None:
     share = torch.sigmoid(other_lse - lse)[..., None]
     merged = out - share * (out - other)
     want, _ = exact(*(x.transpose(1, 2) for x in (q, k, v)))
-    assert relative_l1(merged.transpose(1, 2), want) < 1e-4
+    assert relative_l1(merged.transpose(1, 2), want) < bound(device, 1e-4, HALF)
 
 
 def test_a_mask_under_ring_parallelism_is_refused() -> None:
@@ -245,12 +256,12 @@ def test_a_mask_under_ring_parallelism_is_refused() -> None:
         _backend._ring_step(None, q, k, v, mask, return_lse=True, _parallel_config=parallel)
 
 
-def test_the_dispatcher_knows_the_backend() -> None:
-    q, k, v = (x.transpose(1, 2) for x in qkv(2, 2, q_len=1100))
+def test_the_dispatcher_knows_the_backend(device: str) -> None:
+    q, k, v = (x.transpose(1, 2) for x in inputs(device, heads=2, kv_heads=2, q_len=1100))
     assert "sparge" in {name.value for name in dispatch.AttentionBackendName}
     with dispatch.attention_backend("sparge"):
         got = dispatch.dispatch_attention_fn(q, k, v)
-    assert torch.equal(got, sparge.attention(q, k, v, layout="NHD"))
+    assert alike(got, sparge.attention(q, k, v, layout="NHD"), HALF)
     got, lse = dispatch.dispatch_attention_fn(
         q, k, v, backend=_backend.NAME, attention_kwargs={"return_lse": True}
     )
@@ -259,9 +270,8 @@ def test_the_dispatcher_knows_the_backend() -> None:
         dispatch.dispatch_attention_fn(q, k, v, dropout_p=0.1, backend=_backend.NAME)
 
 
-def test_a_pipeline_counts_steps() -> None:
-    model, inputs = flux()
-    model.eval()
+def test_a_pipeline_counts_steps(device: str) -> None:
+    model, inputs = made(flux, device)
 
     class Pipeline:
         transformer = model
@@ -274,7 +284,7 @@ def test_a_pipeline_counts_steps() -> None:
         pipe.scheduler.step(_rand(1, 4), pipe.scheduler.timesteps[0], _rand(1, 4))
         assert handle.step == 1 and not torch.equal(run(model, inputs), native)
         pipe.scheduler.set_timesteps(3)
-        assert handle.step == 0 and torch.equal(run(model, inputs), native)
+        assert handle.step == 0 and alike(run(model, inputs), native)
     assert "step" not in vars(pipe.scheduler)
 
 
@@ -343,24 +353,24 @@ def test_a_new_scheduler_counts_too() -> None:
     assert "step" not in vars(new) and "set_timesteps" not in vars(new)
 
 
-def test_key_masks_that_change() -> None:
-    q, k, v = qkv(2, 2, q_len=200, batch=2)
+def test_key_masks_that_change(device: str) -> None:
+    q, k, v = inputs(device, heads=2, kv_heads=2, q_len=200, batch=2)
     config = sparge.Config(topk=1.0, pv_gap=math.inf)
-    mask = torch.ones(1, 1, 1, 200, dtype=torch.bool)
+    mask = torch.ones(1, 1, 1, 200, dtype=torch.bool, device=device)
     for batch in (1, 2):  # one mask for batches of other sizes
         got = sparse(q[:batch], k[:batch], v[:batch], None, config, None, mask)
-        assert relative_l1(got, exact(q[:batch], k[:batch], v[:batch])[0]) < 1e-5
+        assert relative_l1(got, exact(q[:batch], k[:batch], v[:batch])[0]) < bound(device, 1e-5)
     mask[..., 120:] = False
     got = sparse(q, k, v, None, config, None, mask)
-    assert relative_l1(got, exact(q, k, v, mask=mask)[0]) < 1e-5
-    text = torch.ones(1, 6, dtype=torch.bool)
+    assert relative_l1(got, exact(q, k, v, mask=mask)[0]) < bound(device, 1e-5)
+    text = torch.ones(1, 6, dtype=torch.bool, device=device)
     assert len(_processors._valid_text(text)[0]) == 6
     text[0, 4:] = False
     assert len(_processors._valid_text(text)[0]) == 4
 
 
-def test_ulysses_alone_is_an_ordinary_call() -> None:
-    q, k, v = (x.transpose(1, 2) for x in qkv(2, 2, q_len=1100))
+def test_ulysses_alone_is_an_ordinary_call(device: str) -> None:
+    q, k, v = (x.transpose(1, 2) for x in inputs(device, heads=2, kv_heads=2, q_len=1100))
     parallel = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=1))
     model = SimpleNamespace(text="first")
     config = sparge.Config(topk=0.3, keep_first=0)
@@ -370,4 +380,4 @@ def test_ulysses_alone_is_an_ordinary_call() -> None:
     finally:
         _backend.leave()
     want = sparse(*(x.transpose(1, 2) for x in (q, k, v)), Text(0, 90), config)
-    assert torch.equal(got.transpose(1, 2), want)
+    assert alike(got.transpose(1, 2), want)

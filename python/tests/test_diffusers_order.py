@@ -14,7 +14,7 @@ import sparge
 import sparge.diffusers
 import test_diffusers as models
 import torch
-from common import relative_l1
+from common import alike, bound, relative_l1
 from sparge.diffusers import _attend, _grids
 from test_diffusers import HEADS, Case, run
 
@@ -34,9 +34,8 @@ CASES: "list[tuple[Callable[[], Case], tuple[int, int, int], bool]]" = [
 ]
 
 
-def made(case: Callable[[], Case]) -> Case:
-    model, inputs = case()
-    model.eval()
+def made(case: Callable[[], Case], device: str = "cpu") -> Case:
+    model, inputs = models.made(case, device)
     models._sharpen(model)
     if hasattr(model, "pos_frequencies"):  # Mochi learns them, from zero: no position has a meaning
         model.pos_frequencies.normal_()
@@ -137,14 +136,15 @@ def _variants() -> "list[Callable[[], Case]]":
 @pytest.mark.parametrize(
     "case", [case for case, *_ in CASES] + _variants(), ids=lambda case: case.__name__
 )
-def test_dense_output_is_the_models_own(case: Callable[[], Case]) -> None:
-    model, inputs = made(case)
+def test_dense_output_is_the_models_own(case: Callable[[], Case], device: str) -> None:
+    model, inputs = made(case, device)
+    near = bound(device, 2e-5, 1e-3)
     native = run(model, inputs)
     for order in ("hilbert", "random"):
         with sparge.diffusers.enable(model, policy="dense", order=order):
-            assert relative_l1(run(model, inputs), native) < 2e-5
+            assert relative_l1(run(model, inputs), native) < near
     with sparge.diffusers.enable(model, topk=0.4, order="hilbert", dense_steps=1):
-        assert relative_l1(run(model, inputs), native) < 2e-5
+        assert relative_l1(run(model, inputs), native) < near
 
 
 @pytest.mark.parametrize("case, box, text_first", CASES, ids=lambda x: getattr(x, "__name__", ""))
@@ -188,8 +188,8 @@ def _state(model: torch.nn.Module) -> "list[Any]":
 
 
 @pytest.mark.parametrize("case", [case for case, *_ in CASES], ids=lambda case: case.__name__)
-def test_disable_restores_everything(case: Callable[[], Case]) -> None:
-    model, inputs = made(case)
+def test_disable_restores_everything(case: Callable[[], Case], device: str) -> None:
+    model, inputs = made(case, device)
     pipe = SimpleNamespace(
         transformer=model, scheduler=diffusers.FlowMatchEulerDiscreteScheduler()
     )
@@ -200,7 +200,7 @@ def test_disable_restores_everything(case: Callable[[], Case]) -> None:
     assert not torch.equal(run(model, inputs), native)
     handle.disable()
     assert _state(model) == before and vars(pipe.scheduler) == scheduler
-    assert torch.equal(run(model, inputs), native)
+    assert alike(run(model, inputs), native)
 
 
 def test_a_pass_that_fails_leaves_nothing_behind() -> None:

@@ -11,7 +11,7 @@ import sparge
 import sparge.diffusers
 import test_diffusers as models
 import torch
-from common import qkv
+from common import alike, inputs
 from sparge.diffusers import Reuse, _reuse
 from sparge.diffusers._reuse import SAMPLE_EVERY, MaskCounts, Masks
 from sparge.diffusers._steps import Passes, Steps
@@ -48,8 +48,8 @@ def with_mask_of(first: Any, then: Any, config: sparge.Config = CONFIG) -> torch
     return out  # type: ignore[no-any-return]
 
 
-def operands(seed: int, length: int = 1300, **options: Any) -> Any:
-    return qkv(2, 2, q_len=length, dim=32, seed=seed, **options)
+def operands(seed: int, length: int = 1300, device: str = "cpu", **options: Any) -> Any:
+    return inputs(device, heads=2, kv_heads=2, q_len=length, dim=32, seed=seed, **options)
 
 
 @pytest.mark.parametrize(
@@ -66,22 +66,22 @@ def test_the_first_step_is_as_without(config: sparge.Config) -> None:
     assert bench.seen() == (1, 0, 0)
 
 
-def test_a_mask_serves_its_steps_and_no_more() -> None:
+def test_a_mask_serves_its_steps_and_no_more(device: str) -> None:
     bench = Bench(3)
-    inputs = [operands(seed) for seed in range(5)]
-    outs = [bench(step, inputs[step])[0] for step in range(5)]
+    calls = [operands(seed, device=device) for seed in range(5)]
+    outs = [bench(step, calls[step])[0] for step in range(5)]
     for step, made in enumerate((0, 0, 0, 3, 3)):
-        assert torch.equal(outs[step], with_mask_of(inputs[made], inputs[step]))
+        assert alike(outs[step], with_mask_of(calls[made], calls[step]))
     assert bench.seen() == (2, 3, 0)
 
 
-def test_every_pass_and_call_has_its_own() -> None:
+def test_every_pass_and_call_has_its_own(device: str) -> None:
     bench = Bench(2)
-    a, b, c, d = (operands(seed) for seed in range(4))
+    a, b, c, d = (operands(seed, device=device) for seed in range(4))
     for step in (0, 1):  # guided and unguided pass, two calls each (batch entries)
         for pair in ((a, b), (c, d)):
             for got, one in zip(bench(step, *pair), pair):
-                assert torch.equal(got, with_mask_of(one, one))
+                assert alike(got, with_mask_of(one, one))
     assert bench.seen() == (4, 4, 0)
 
 

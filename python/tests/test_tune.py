@@ -17,7 +17,7 @@ import torch
 from common import exact, qkv, relative_l1
 from sparge._tune import Study
 from test_diffusers import _sharpen, cogvideox, run, sd3, wan
-from test_transformers import llama, logits, mistral, tokens
+from language_models import llama, logits, mistral, tokens
 
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 HEADS = 4
