@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("gguf", nargs="?", type=Path, default=CACHE / "models/smollm2-135m.gguf")
     parser.add_argument("text", nargs="?", type=Path, default=CACHE / "texts/emma.txt")
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--cdf", type=float, help="share of the predicted mass to keep")
     arguments = parser.parse_args()
 
@@ -48,8 +49,9 @@ def main() -> None:
             seconds = time.perf_counter() - begin
             loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
-            )
+                ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                max_new_tokens=arguments.new_tokens,
+            )  # fmt: skip
         print(
             f"{implementation:7} {ids.shape[1]} tokens in {seconds:.1f} s, "
             f"perplexity {math.exp(loss):.2f}"
