@@ -32,7 +32,8 @@ class Heads:
 
     def softmax(self, q: Tensor, k: Tensor, sees: Optional[Tensor], extra: float = 1.0) -> Tensor:
         """``[heads, rows, keys]``: softmax of ``extra``·scale·q·kᵀ over the pairs that ``sees``
-        allows; 0 where a row sees nothing."""
+        allows; 0 where a row sees nothing. Where a row has scores of NaN or +∞ their probabilities are
+        NaN and its others 0: who cannot be compared is taken first."""
         # Powers of two as in the crate, and like there one below −126 is 0: which of two such
         # probabilities is larger is not left to chance.
         rows = q.float() * (self.scale * extra * math.log2(math.e))
@@ -40,11 +41,14 @@ class Heads:
         p = p.unflatten(1, q.shape[1:3]).flatten(0, 1)
         if sees is not None:
             p.masked_fill_(~sees, -math.inf)
+        not_numbers = (p < math.inf).logical_not_()
+        p.masked_fill_(not_numbers, -math.inf)
         p -= p.amax(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).min)
         p.masked_fill_(p < -126, -math.inf).exp2_()
         total = p.sum(-1, keepdim=True)
-        p *= torch.where(total > 0, total.reciprocal(), 0.0)
-        return p
+        is_plain = (total > 0) & ~not_numbers.any(-1, keepdim=True)
+        p *= torch.where(is_plain, total.reciprocal(), 0.0)
+        return p.masked_fill_(not_numbers, math.nan)
 
 
 def lines(some: Heads, start: int) -> "tuple[Tensor, Tensor]":

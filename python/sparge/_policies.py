@@ -292,11 +292,12 @@ def _flexprefill(some: Heads, gamma: float, tau: float, least: int) -> _Rows:
 
 
 def _root_divergence(a: Tensor, b: Tensor) -> Tensor:
-    """√JS of two distributions, natural log; a term with probability 0 is 0."""
+    """√JS of two distributions, natural log; a term with probability 0 is 0. What is not a number is 0,
+    as in the crate: such a head is query-aware, and its map leaves nothing out."""
     a, b = a.double(), b.double()
     mean = 0.5 * (a + b)
     terms = (torch.where(x > 0, 0.5 * x * (x / mean).log(), 0.0) for x in (a, b))
-    return sum(terms).sum(-1).clamp(min=0).sqrt()  # type: ignore[union-attr]
+    return sum(terms).sum(-1).nan_to_num(0.0).clamp(min=0).sqrt()  # type: ignore[union-attr]
 
 
 def _pooled_map(some: Heads, keys: Tensor, gamma: float) -> Tensor:

@@ -3,6 +3,7 @@
 use crate::cpu::{PackedQ, Rows, Running, Scores};
 use crate::plan::{HeadAt, Plan};
 use crate::tensor::{Element, TensorView};
+use std::cmp::Ordering;
 use std::ops::Range;
 
 /// One query head of a call and its tensors.
@@ -97,7 +98,9 @@ impl Attention {
     }
 }
 
-/// Row softmax of `extra`·scale·q·kᵀ over the pairs that `see` allows; q and k are rows of `width`.
+/// Row softmax of `extra`·scale·q·kᵀ over the pairs that `see` allows; q and k are rows of `width`. Where
+/// a row has scores of NaN or +∞ their probabilities are NaN and its others 0: who cannot be compared is
+/// taken first, wherever it stands.
 pub(super) fn softmax(
     plan: &Plan<'_>,
     (q, k): (&[f32], &[f32]),
@@ -116,9 +119,15 @@ pub(super) fn softmax(
     let k = Rows { data: k, stride: width, len: keys, dim: width };
     let mut s = Scores { data: &mut p, pitch, keys, width: packed.width };
     (plan.kernels.qk)(&packed, &k, &mut s);
+    let mut not_numbers = Vec::new();
     for (j, line) in s.data.chunks_exact_mut(pitch).enumerate() {
         for (row, x) in line[..rows].iter_mut().enumerate() {
-            if !see(row, j) {
+            let sees = see(row, j);
+            let is_number = *x < f32::INFINITY;
+            if sees && !is_number {
+                not_numbers.push((j, row));
+            }
+            if !sees || !is_number {
                 *x = f32::NEG_INFINITY;
             }
         }
@@ -126,8 +135,12 @@ pub(super) fn softmax(
     let mut running = Running::default();
     running.reset(packed.width);
     (plan.kernels.softmax)(&mut s, &mut running);
-    let inverse =
+    let mut inverse: Vec<f32> =
         running.sum[..rows].iter().map(|&x| if x > 0.0 { 1.0 / x } else { 0.0 }).collect();
+    for (j, row) in not_numbers {
+        p[j * pitch + row] = f32::NAN;
+        inverse[row] = 0.0;
+    }
     Attention { p, pitch, rows, inverse }
 }
 
@@ -145,10 +158,21 @@ pub(super) fn means(x: &[f32], width: usize, size: usize) -> Vec<f32> {
     out
 }
 
+/// The larger one first, and NaN before all: of either sign, for which one a processor makes is its own
+/// affair.
+pub(super) fn descending(a: f64, b: f64) -> Ordering {
+    match (a.is_nan(), b.is_nan()) {
+        (false, false) => b.total_cmp(&a),
+        (a, b) => b.cmp(&a),
+    }
+}
+
 /// The `count` indices of the largest of `values`, ties to the smaller index. NaN counts as largest.
 pub(super) fn largest(values: &[f32], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
-    let by_value = |&a: &usize, &b: &usize| values[b].total_cmp(&values[a]).then(a.cmp(&b));
+    let by_value = |&a: &usize, &b: &usize| {
+        descending(f64::from(values[a]), f64::from(values[b])).then(a.cmp(&b))
+    };
     if count < order.len() {
         order.select_nth_unstable_by(count, by_value);
         order.truncate(count);
@@ -167,6 +191,13 @@ mod tests {
         assert_eq!(got, [1, 2]);
         assert_eq!(largest(&[1.0, 2.0], 9).len(), 2);
         assert!(largest(&[1.0], 0).is_empty());
+    }
+
+    #[test]
+    fn largest_takes_nan_of_either_sign_before_all() {
+        let mut got = largest(&[f32::INFINITY, 1.0, -f32::NAN, f32::NAN], 2);
+        got.sort_unstable();
+        assert_eq!(got, [2, 3]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! FlexPrefill: per head a vertical-slash pattern, or pooled scores of the whole map.
 
 use super::Blocks;
-use super::estimate::{Head, largest, means, softmax};
+use super::estimate::{Head, descending, largest, means, softmax};
 use super::minference::lines;
 use crate::geometry::{BLOCK_Q, Coverage};
 use crate::tensor::Element;
@@ -83,7 +83,7 @@ pub(super) fn choose<T: Element>(
 /// 1 + how many of the largest values add up to at most `share`.
 fn covering(values: &[f32], share: f64) -> usize {
     let mut sorted = values.to_vec();
-    sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+    sorted.sort_unstable_by(|&a, &b| descending(f64::from(a), f64::from(b)));
     let mut sum = 0.0;
     let within = |x: &&f32| {
         sum += f64::from(**x);
@@ -92,7 +92,8 @@ fn covering(values: &[f32], share: f64) -> usize {
     1 + sorted.iter().take_while(within).count()
 }
 
-/// √JS of two distributions, natural log; a term with probability 0 is 0.
+/// √JS of two distributions, natural log; a term with probability 0 is 0. What is not a number is 0: such
+/// a head is query-aware, and its map leaves nothing out.
 fn root_divergence(a: &[f32], b: &[f32]) -> f64 {
     let term = |p: f64, m: f64| if p > 0.0 { 0.5 * p * (p / m).ln() } else { 0.0 };
     let pairs = a.iter().zip(b).map(|(&a, &b)| (f64::from(a), f64::from(b)));
@@ -121,7 +122,9 @@ fn pooled_map<T: Element>(
         let visible = (0..row.keys()).filter(|&j| sees(0, j));
         entries.extend(visible.map(|j| (row.get(0, j), q_block, j)));
     }
-    entries.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    entries.sort_unstable_by(|a, b| {
+        descending(f64::from(a.0), f64::from(b.0)).then((a.1, a.2).cmp(&(b.1, b.2)))
+    });
     let limit = gamma * (queries.len() / dim) as f64;
     let mut sum = 0.0;
     for (p, q_block, j) in entries {

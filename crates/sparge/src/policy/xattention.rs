@@ -1,7 +1,7 @@
 //! XAttention: block scores from sums of antidiagonals.
 
 use super::Blocks;
-use super::estimate::{Head, softmax};
+use super::estimate::{Head, descending, softmax};
 use crate::geometry::{BLOCK_Q, Coverage};
 use crate::tensor::Element;
 
@@ -70,7 +70,7 @@ pub(super) fn choose<T: Element>(
         let total: f64 = mass.iter().sum();
         let mut order: Vec<usize> = (0..wide).filter(reachable).collect();
         order.sort_by(|&a, &b| {
-            forced(b).cmp(&forced(a)).then(mass[b].total_cmp(&mass[a])).then(a.cmp(&b))
+            forced(b).cmp(&forced(a)).then(descending(mass[a], mass[b])).then(a.cmp(&b))
         });
         let mut sum = 0.0;
         for j in order {
