@@ -4,8 +4,8 @@
 
 Signatures are those of the authors' ``main`` since ``return_lse`` came (2025): every argument has its
 name and place, so positional calls mean the same. Defaults are theirs but for ``topk`` (0.5, as before
-that; 0.35 there since) and ``output_dtype`` (float16 there). Their ``spas_sage_attn_*`` names, the same
-without "2", are not here.
+that; 0.35 there since) and ``output_dtype`` (float16 there). Their older names, ``spas_sage_attn_…``
+without the 2, are here too: the same functions.
 
 What differs from the authors' code, everywhere:
 
@@ -29,6 +29,14 @@ What differs from the authors' code, everywhere:
   result is ``(out, sparsity)`` as there, without the log-sum-exp.
 * ``return_lse`` gives ``(out, lse)``, ``[batch, heads, q_len]`` float32, natural log.
 * CPU tensors work too.
+
+And of the older names:
+
+* P·V is in float16 with float16 sums there; here the arithmetic is that of the newer ones (on a GPU fp8
+  where it has it). ``sparge.attention(..., config=sparge.Config(qk="half"))`` has both products in 16 bits.
+* ``is_causal`` reaches the kernel there as well, so in this the results agree.
+* ``return_lse`` is in units of log2 there and lacks the keys' mean; here it is as above.
+* There is no block-sparse one there, nor here.
 """
 
 from __future__ import annotations
@@ -173,6 +181,11 @@ def spas_sage2_attn_meansim_cuda(
         return_lse and not return_sparsity,
     )  # fmt: skip
     return _typed(result, output_dtype)
+
+
+# The older names; the module's docstring says what was different about them.
+spas_sage_attn_meansim_topk_cuda = spas_sage2_attn_meansim_topk_cuda
+spas_sage_attn_meansim_cuda = spas_sage2_attn_meansim_cuda
 
 
 def block_sparse_sage2_attn_cuda(

@@ -19,6 +19,8 @@ from sparge.spas_sage_attn import (
     block_sparse_sage2_attn_cuda,
     spas_sage2_attn_meansim_cuda,
     spas_sage2_attn_meansim_topk_cuda,
+    spas_sage_attn_meansim_cuda,
+    spas_sage_attn_meansim_topk_cuda,
 )
 
 
@@ -47,6 +49,11 @@ def test_authors_names_are_our_calls(device: str) -> None:
     half = block_sparse_sage2_attn_cuda(q, k, v, output_dtype=torch.float16)
     assert half.dtype == torch.float16
     assert relative_l1(half, F.scaled_dot_product_attention(q, k, v)) < bound(device, 1e-3)
+
+
+def test_authors_older_names_are_the_newer_functions() -> None:
+    assert spas_sage_attn_meansim_cuda is spas_sage2_attn_meansim_cuda
+    assert spas_sage_attn_meansim_topk_cuda is spas_sage2_attn_meansim_topk_cuda
 
 
 def test_authors_silent_arguments_are_refused() -> None:
