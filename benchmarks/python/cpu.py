@@ -1,9 +1,12 @@
 """What `sparge.attention` costs on a CPU: its overhead, and where it stands against SDPA at short lengths.
 
     python benchmarks/python/cpu.py > benchmarks/record/DATE-DEVICE-python.jsonl
+    python benchmarks/python/cpu.py 1 short > …   # 1 s a row; of the parts overhead, short and crossover
 
 One JSON object a line; times are medians. `overhead_us` is a public call of one small block less the
-same call of the extension on ready addresses.
+same call of the extension on ready addresses. `short` is the default where SDPA serves it, asked for in three
+ways: as SDPA is, causal, and as diffusers does (tokens before heads, a config); `call_us` is what a call of
+next to nothing costs more than SDPA's.
 """
 
 from __future__ import annotations
@@ -74,6 +77,35 @@ def overhead() -> None:
     )
 
 
+def short(budget: float) -> None:
+    ways: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "plain": ({}, {}),
+        "causal": ({"is_causal": True}, {"is_causal": True}),
+        "nhd": ({}, {"layout": "NHD", "config": sparge.Config()}),
+    }
+    for way, (theirs, mine) in ways.items():
+
+        def both(q: torch.Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+            nhd = q.transpose(1, 2) if way == "nhd" else q
+            return (
+                lambda: F.scaled_dot_product_attention(q, q, q, **theirs),
+                lambda: sparge.attention(nhd, nhd, nhd, **mine),
+            )
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # waking a second one costs more than all that is measured here
+        sdpa, ours = (median(x, budget) for x in both(torch.randn(1, 2, 8, 16)))
+        torch.set_num_threads(threads)
+        note(what="a short call", way=way, sdpa_us=1e6 * sdpa, call_us=1e6 * (ours - sdpa))
+        for dim in (64, 128):
+            for length in (64, 256, 512, 1024):
+                sdpa, ours, ratio = pair(*both(torch.randn(1, 24, length, dim)), budget)
+                note(
+                    what="short", way=way, heads=24, dim=dim, length=length,
+                    sdpa_us=1e6 * sdpa, sparge_us=1e6 * ours, ratio=ratio,
+                )  # fmt: skip
+
+
 def crossover(budget: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for heads, kv_heads, dim in ((8, 8, 64), (9, 3, 64), (8, 8, 128)):
@@ -103,11 +135,17 @@ def main() -> None:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         sparge=info["version"],
-        command="python benchmarks/python/cpu.py",
+        command=" ".join(["python benchmarks/python/cpu.py", *sys.argv[1:]]),
     )
+    budget = float(sys.argv[1]) if len(sys.argv) > 1 else 0.5
+    parts = sys.argv[2:] or ["overhead", "short", "crossover"]
     with torch.inference_mode():
-        overhead()
-        crossover(float(sys.argv[1]) if len(sys.argv) > 1 else 0.5)
+        if "overhead" in parts:
+            overhead()
+        if "short" in parts:
+            short(budget)
+        if "crossover" in parts:
+            crossover(budget)
 
 
 if __name__ == "__main__":

@@ -95,20 +95,18 @@ def attention(
     if (
         topk is None and cdf is None and theta is None and pv_gap is None and policy is None
         and window is None and key_lengths is None and keep_keys is None
-        and keep_queries is None and config is None and calibration is None
-        and layout == "HND" and (fallback is None or fallback == "dense")
+        and keep_queries is None and calibration is None
+        and (config is None or type(config) is Config and config.is_default())
+        and (fallback is None or fallback == "dense")
         and not (return_lse or return_stats or dropout_p)
     ):  # fmt: skip
         # Short calls with the defaults, without the price of everything below.
-        if _is_torch(query) and _torch.is_plain_and_short(
-            query, key, value, attn_mask, is_causal, enable_gqa
-        ):
-            if causal_alignment == "top_left" or (
-                causal_alignment == "bottom_right" and query.shape[2] == key.shape[2]
-            ):
-                return _torch.sdpa(
-                    query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
+        if _is_torch(query):
+            out = _torch.plain_and_short(
+                query, key, value, attn_mask, is_causal, scale, enable_gqa, layout, causal_alignment
+            )
+            if out is not None:
+                return out
     if fallback not in (None, "dense"):
         raise ValueError(f"fallback is {fallback!r}, expected None or 'dense'")
     _check_said(config, causal_alignment)

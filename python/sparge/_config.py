@@ -75,6 +75,8 @@ class Config:
             raise SpargeError(f"qk is {self.qk!r}, expected one of {', '.join(QK)}")
         # Made once: compiled graphs then read a constant, whatever they think of floats.
         object.__setattr__(self, "_text", self._build())
+        object.__setattr__(self, "_is_default", not (self.given().keys() - {"policy"})
+                           and self.policy in (None, "auto"))  # fmt: skip
 
     def override(self, **knobs: Any) -> "Config":
         """A copy with those of ``knobs`` that are not None.
@@ -103,7 +105,8 @@ class Config:
 
     def is_default(self) -> bool:
         """Whether nothing was asked for, so that short sequences may run dense elsewhere."""
-        return self in (_DEFAULT, _AUTO)
+        is_default: bool = self._is_default  # type: ignore[attr-defined]
+        return is_default
 
     def at(self, kv_len: int) -> "Config":
         """These settings for a call with ``kv_len`` keys."""
@@ -189,8 +192,6 @@ def _values(value: Any) -> str:
 
 
 DENSE = Config(policy="dense")
-_DEFAULT = Config()
-_AUTO = Config(policy="auto")
 
 
 def settings_text(

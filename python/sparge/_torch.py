@@ -204,7 +204,38 @@ def _without_heads(result: Any, layout: str, has_lse: bool) -> Any:
     return (out.squeeze(head), *more)
 
 
-def is_plain_and_short(
+def plain_and_short(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Optional[Tensor],
+    is_causal: bool,
+    scale: Optional[float],
+    enable_gqa: bool,
+    layout: str,
+    causal_alignment: str,
+) -> Optional[Tensor]:
+    """SDPA's output where the call is `_is_plain_and_short`."""
+    if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return None
+    is_nhd = layout == "NHD"
+    if is_nhd:
+        if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+            return None
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    elif layout != "HND":
+        return None
+    if not _is_plain_and_short(query, key, value, attn_mask, is_causal, enable_gqa):
+        return None
+    if causal_alignment != "top_left" and (
+        causal_alignment != "bottom_right" or query.shape[2] != key.shape[2]
+    ):
+        return None
+    out = sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return out.transpose(1, 2) if is_nhd else out
+
+
+def _is_plain_and_short(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -232,6 +263,8 @@ def is_plain_and_short(
 
 
 def _is_plain_mask(mask: Tensor, query: Tensor, q_len: int, kv_len: int) -> bool:
+    if not isinstance(mask, Tensor):
+        return False
     shape, dtype = mask.shape, mask.dtype
     return (
         (dtype is torch.bool or dtype is query.dtype)

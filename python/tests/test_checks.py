@@ -81,8 +81,12 @@ def test_frameworks_do_not_mix(length: int, device: str) -> None:
     for options in ({}, {"topk": 0.5}):
         with pytest.raises(TypeError, match="key numpy.ndarray"):
             sparge.attention(q, k.cpu().numpy(), v, **options)
+        with pytest.raises(TypeError, match="key builtins.list"):
+            sparge.attention(q, [1.0], v, **options)
         with pytest.raises(TypeError, match="value numpy.ndarray"):
             sparge.attention(q, k, v.cpu().numpy(), **options)
+        with pytest.raises(TypeError, match="attn_mask builtins.list"):
+            sparge.attention(q, k, v, [True], **options)
         with pytest.raises(TypeError, match="attn_mask numpy.ndarray"):
             sparge.attention(q, k, v, mask, **options)
         with pytest.raises(TypeError, match="key numpy.ndarray"):
