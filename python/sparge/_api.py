@@ -17,19 +17,28 @@ if TYPE_CHECKING:
 Window = Optional[tuple[Optional[int], Optional[int]]]
 
 
-# `sparge._torch`, once a torch tensor has been seen: importing it imports torch.
+# `sparge._torch`, where torch is or comes: importing it imports torch. Before a compiled graph asks if it
+# may be (torch 2.6 does not follow that), so where torch is there already, now.
 _torch: Any = None
 
 
 def _is_torch(array: Any) -> bool:
-    global _torch
     if _torch is None:
         if "torch" not in sys.modules:
             return False
-        from . import _torch as module
-
-        _torch = module
+        _import_torch()
     return isinstance(array, _torch.Tensor)
+
+
+def _import_torch() -> None:
+    global _torch
+    from . import _torch as module
+
+    _torch = module
+
+
+if "torch" in sys.modules:
+    _import_torch()
 
 
 def attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 from . import _sparge
@@ -75,8 +75,13 @@ class Config:
             raise SpargeError(f"qk is {self.qk!r}, expected one of {', '.join(QK)}")
         # Made once: compiled graphs then read a constant, whatever they think of floats.
         object.__setattr__(self, "_text", self._build())
-        object.__setattr__(self, "_is_default", not (self.given().keys() - {"policy"})
-                           and self.policy in (None, "auto"))  # fmt: skip
+        is_default = (
+            self.topk is None and self.cdf is None and self.theta is None and self.pv_gap is None
+            and self.pooling is None and self.keep_first is None and self.keep_local is None
+            and self.qk is None and self.isa is None and self.min_kv_len is None
+            and self.policy in (None, "auto")
+        )  # fmt: skip
+        object.__setattr__(self, "_is_default", is_default)
 
     def override(self, **knobs: Any) -> "Config":
         """A copy with those of ``knobs`` that are not None.
@@ -97,11 +102,13 @@ class Config:
             dropped.add("theta")
         if policy in ("dense", "paper"):
             dropped |= {"pv_gap", "pooling"}
-        return replace(self, **{**dict.fromkeys(dropped), **given})
+        # Not `dataclasses.replace`, which torch 2.6 does not trace.
+        values = {name: None if name in dropped else getattr(self, name) for name in _FIELDS}
+        return Config(**{**values, **given})
 
     def given(self) -> "dict[str, Any]":
         """The fields that are not None."""
-        return {name: x for name in self.__dataclass_fields__ if (x := getattr(self, name)) is not None}
+        return {name: x for name in _FIELDS if (x := getattr(self, name)) is not None}
 
     def is_default(self) -> bool:
         """Whether nothing was asked for, so that short sequences may run dense elsewhere."""
@@ -160,6 +167,7 @@ class Config:
         return " ".join(words)
 
 
+_FIELDS = tuple(Config.__dataclass_fields__)
 _PER_HEAD = ("topk", "cdf", "theta", "pv_gap")
 # Policies that choose blocks by this package's own prediction.
 _OWN_POLICIES = (None, "auto", "paper")

@@ -131,6 +131,7 @@ def test_arrays_without_a_way_back_are_refused_before_anything_is_computed(
 
 
 def test_another_default_device_changes_nothing() -> None:
+    pytest.importorskip("diffusers")
     from sparge.diffusers import _grids
 
     q, k, v = qkv(2, 2, q_len=300, dim=16, batch=2)

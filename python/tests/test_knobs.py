@@ -176,6 +176,13 @@ def test_a_knob_replaces_what_a_lower_level_chooses_by() -> None:
     assert torch.equal(got, exactly)
 
 
+def test_every_field_counts_as_asked_for() -> None:
+    assert sparge.Config().is_default() and sparge.Config(policy="auto").is_default()
+    for name in sparge.Config.__dataclass_fields__:
+        given = {"qk": "int8", "isa": "scalar", "policy": "paper", "pooling": "block"}.get(name, 1)
+        assert not sparge.Config(**{name: given}).is_default(), name
+
+
 def test_per_head_knobs_are_values_whatever_holds_them() -> None:
     shares = torch.tensor([0.2, 0.4, 0.6, 1.0], dtype=torch.float64)
     want = sparge.Config(topk=(0.2, 0.4, 0.6, 1.0))
