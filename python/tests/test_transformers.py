@@ -273,7 +273,7 @@ def test_smollm2_logits_generation_and_perplexity(smollm2: Any, device: str) -> 
         everything["qk"] = "half"
     ours.configure(model, **everything)
     got = logits(model, "sparge", short)
-    assert relative_l1(got, logits(model, "sdpa", short)) < bound(device, 1e-4, 0.01)
+    assert relative_l1(got, logits(model, "sdpa", short)) < bound(device, 1e-4, 0.02)
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     mask = torch.ones_like(short)
     want = model.generate(short, attention_mask=mask, **options)  # still "sdpa"
