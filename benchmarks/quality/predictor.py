@@ -3,7 +3,7 @@
 
     sparge eval predictor --context 4096 --reps 7 --json | python -m json.tool --compact - \\
         > benchmarks/quality/records/predictor-4096.json
-    python benchmarks/quality/predictor.py benchmarks/quality/records/predictor-4096.json
+    python benchmarks/quality/predictor.py benchmarks/quality/records/predictor-{4096,8000,qwen-4096}.json
 """
 
 import argparse
@@ -85,19 +85,20 @@ def draw_curves(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_scatter(record: dict, path: Path) -> None:
-    estimate = record["estimate"]
-    figure, axis = plt.subplots(figsize=(5.6, 5))
-    xs, ys = zip(*estimate["points"])
-    axis.scatter(xs, ys, s=4, alpha=0.35, color="#1f4e9c", linewidths=0)
-    axis.plot([1e-4, 0.3], [1e-4, 0.3], color="#222222", lw=1, label="error = estimated loss")
-    axis.set(xscale="log", yscale="log", xlim=(1e-4, 0.3), ylim=(1e-5, 1),
-             xlabel="estimated share of the attention that is skipped",
-             ylabel="true relative L1 of the query block")
-    axis.set_title(f"rank correlation {estimate['spearman']:.2f}; {record['model']}, "
-                   f"{record['context']} tokens", fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+def draw_scatter(records: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(records), figsize=(5.6 * len(records), 5), squeeze=False)
+    for axis, record in zip(axes[0], records):
+        estimate = record["estimate"]
+        xs, ys = zip(*estimate["points"])
+        axis.scatter(xs, ys, s=4, alpha=0.35, color="#1f4e9c", linewidths=0)
+        axis.plot([1e-4, 0.3], [1e-4, 0.3], color="#222222", lw=1, label="error = estimated loss")
+        axis.set(xscale="log", yscale="log", xlim=(1e-4, 0.3), ylim=(1e-5, 1),
+                 xlabel="estimated share of the attention that is skipped",
+                 ylabel="true relative L1 of the query block")
+        axis.set_title(f"rank correlation {estimate['spearman']:.2f}; {record['model']}, "
+                       f"{record['context']} tokens", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -111,12 +112,13 @@ def main() -> None:
     if not args.tables:
         RESULTS.mkdir(parents=True, exist_ok=True)
         draw_curves(records, RESULTS / "predictor.png")
-        draw_scatter(records[0], RESULTS / "estimate.png")
+        draw_scatter(records, RESULTS / "estimate.png")
     for record in records:
         dense = record["dense_s"]
         print(f"\n{record['model']}, {record['context']} tokens of {record['text']}, layers {record['layers']}, "
               f"{record['threads']} threads, {record['isa']}, dense attention "
               f"{'not timed' if dense is None else f'{1e3 * dense:.0f} ms'}\n\n{table(record)}\n")
+        print(f"estimated loss against error: rank correlation {record['estimate']['spearman']:.2f}\n")
         print("| query blocks | count | rank correlation | error ÷ estimate, median | 90% |\n|---|---|---|---|---|")
         for g in record["estimate"]["groups"]:
             print(f"| {g['name']} | {g['count']} | {g['spearman']:.2f} | {g['ratio_median']:.2f} | {g['ratio_p90']:.2f} |")

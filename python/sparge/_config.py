@@ -31,6 +31,9 @@ class Config:
     * ``cdf``: the paper's τ: blocks of descending predicted mass until it is reached, in (0, 1].
       With ``topk`` as well, their union. With neither: 0.98 where prediction pays (arrays: from 1024 keys
       on; torch: 2048; on a GPU where rows see 7168 on average, 8192 at dimensions up to 64), exact below; 0.98 at any length where ``theta``, ``pv_gap`` or ``policy="paper"`` is given.
+    * ``target_l1``: instead of both, blocks until the attention that is estimated to be lost falls below this
+      (in (0, 1)): ``cdf`` of one minus it. A target, not a bound: `sparge::Selection::target_l1` says how
+      far the error lies from it.
     * ``theta``: the judge θ in [0, 1): blocks that are not self-similar are kept. 0: off.
     * ``pv_gap``: λ of stage 2, natural-log units, above 0 (``inf``: off). Default 6.
     * ``pooling``: how blocks are scored: ``"mixed"`` (default: 16×16 means and two sampled
@@ -58,6 +61,7 @@ class Config:
 
     topk: PerHead = None
     cdf: PerHead = None
+    target_l1: Optional[float] = None
     theta: PerHead = None
     pv_gap: PerHead = None
     pooling: Optional[str] = None
@@ -73,6 +77,8 @@ class Config:
             object.__setattr__(self, name, per_head(name, getattr(self, name)))
         if self.qk is not None and self.qk not in QK:
             raise SpargeError(f"qk is {self.qk!r}, expected one of {', '.join(QK)}")
+        if self.target_l1 is not None:
+            self._check_target()
         # Made once: compiled graphs then read a constant, whatever they think of floats.
         object.__setattr__(self, "_text", self._build())
         is_default = (
@@ -83,18 +89,25 @@ class Config:
         )  # fmt: skip
         object.__setattr__(self, "_is_default", is_default)
 
+    def _check_target(self) -> None:
+        if not 0 < self.target_l1 < 1:  # type: ignore[operator]
+            raise SpargeError(f"target_l1 is {self.target_l1!r}, expected above 0 and below 1")
+        asked = [name for name in ("topk", "cdf") if getattr(self, name) is not None]
+        if asked:
+            raise SpargeError(f"target_l1 is given beside {' and '.join(asked)}: drop one of them")
+
     def override(self, **knobs: Any) -> "Config":
         """A copy with those of ``knobs`` that are not None.
 
-        What chooses blocks is replaced as a whole: a given ``topk`` or ``cdf`` drops this level's
-        ``topk``, ``cdf`` and other method; a given ``policy`` also what it cannot be combined with.
+        What chooses blocks is replaced as a whole: a given ``topk``, ``cdf`` or ``target_l1`` drops this
+        level's and its other method; a given ``policy`` also what it cannot be combined with.
         """
         given = {name: value for name, value in knobs.items() if value is not None}
         if not given:
             return self
         dropped: set[str] = set()
-        if given.keys() & {"topk", "cdf", "policy"}:
-            dropped |= {"topk", "cdf"}
+        if given.keys() & {"topk", "cdf", "target_l1", "policy"}:
+            dropped |= {"topk", "cdf", "target_l1"}
             if self.policy not in _OWN_POLICIES:
                 dropped.add("policy")
         policy = given.get("policy")
@@ -128,7 +141,7 @@ class Config:
         policy = self.policy or "auto"
         words = []
         if policy not in ("auto", "paper"):
-            others = ("topk", "cdf", "theta") + (("pv_gap",) if policy == "dense" else ())
+            others = ("topk", "cdf", "target_l1", "theta") + (("pv_gap",) if policy == "dense" else ())
             asked = [name for name in others if getattr(self, name) is not None]
             if asked:
                 raise SpargeError(
@@ -143,7 +156,9 @@ class Config:
         # A knob that is given counts at any length; the automatic selection would leave it out of
         # short calls.
         is_given = self.pv_gap is not None or self.theta is not None or policy == "paper"
-        if is_given and policy in _OWN_POLICIES and self.topk is None and self.cdf is None:
+        if self.target_l1 is not None:
+            words.append(f"cdf={1 - float(self.target_l1)!r}")
+        elif is_given and policy in _OWN_POLICIES and self.topk is None and self.cdf is None:
             words.append(f"cdf={AUTO_CDF}")
         pooling = self.pooling
         if policy == "paper":

@@ -130,7 +130,7 @@ class Study:
         if by not in ("error", "effect"):
             raise SpargeError(f"by is {by!r}, expected 'error' or 'effect'")
         base = (config or Config()).override(**knobs)
-        found = [name for name in ("topk", "cdf", "pv_gap", "policy") if name in base.given()]
+        found = [name for name in ("topk", "cdf", "target_l1", "pv_gap", "policy") if name in base.given()]
         if found:
             raise SpargeError(
                 f"{' and '.join(found)} cannot be given: tuning looks for cdf and pv_gap with this "

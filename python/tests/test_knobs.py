@@ -205,3 +205,20 @@ def test_nobody_is_run_over_by_expand() -> None:
     blocks[0, 0, 1, 1] = True
     wide = expand(blocks, 130, 70)
     assert wide.shape == (1, 1, 130, 70) and int(wide.sum()) == 2 * 6 and bool(wide[0, 0, 129, 69])
+
+
+def test_target_l1_is_the_mass_that_may_be_lost() -> None:
+    q, k, v = qkv(q_len=600)
+    config = sparge.Config(target_l1=0.25, theta=0.1)
+    assert config.text() == "theta=0.1 cdf=0.75"
+    got = sparge.attention(q, k, v, enable_gqa=True, config=config)
+    assert torch.equal(got, sparge.attention(q, k, v, enable_gqa=True, cdf=0.75, theta=0.1))
+    assert config.override(cdf=0.9) == sparge.Config(cdf=0.9, theta=0.1)
+    assert sparge.Config(topk=0.5).override(target_l1=0.1) == sparge.Config(target_l1=0.1)
+    for bad in (0, 1, -0.1, math.nan):
+        with pytest.raises(sparge.SpargeError, match="above 0 and below 1"):
+            sparge.Config(target_l1=bad)
+    with pytest.raises(sparge.SpargeError, match="target_l1 is given beside topk"):
+        sparge.Config(target_l1=0.1, topk=0.5)
+    with pytest.raises(sparge.SpargeError, match="cannot be combined with target_l1"):
+        sparge.Config(target_l1=0.1, policy="dense")
