@@ -15,8 +15,8 @@ use std::str::FromStr;
 /// What `--policy` accepts, for help texts.
 pub(crate) const EXPECTED: &str = "expected dense, default, topk:F, cdf:T or cdf:T+topk:F (each \
     with any of ,pool=P ,theta=T ,lambda=L ,first=N ,local=N), window:N, random:F, minference:v=N,s=N, \
-    a-shape:init=N,local=N, block-sparse:N, flexprefill:G[,tau=T,min=N] or \
-    xattention:T[,stride=N] (each also with ,lambda=L); shares are above 0 and at most 1";
+    a-shape:init=N,local=N, block-sparse:N, flexprefill:G[,tau=T,min=N], \
+    xattention:T[,stride=N] or oracle:T[,first=N,local=N] (each also with ,lambda=L); shares are above 0 and at most 1";
 
 /// A named policy.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,6 +61,10 @@ impl Policy {
                 SpargeConfig { selection: selection.into(), ..SpargeConfig::default() }
             }
         };
+        if let Choice::Method(Method::Oracle { .. }) = self.choice {
+            // It is compared with stage 1, whose choice it makes.
+            config.keep_local = SpargeConfig::default().keep_local;
+        }
         config.isa = isa;
         config.pooling = self.pooling.unwrap_or(config.pooling);
         config.keep_first = self.keep_first.unwrap_or(config.keep_first);
@@ -131,6 +135,7 @@ impl FromStr for Policy {
             None => Choice::Method(Method::Dense),
         });
         let is_method = selection(name).is_none();
+        let is_oracle = name.split(':').next() == Some("oracle");
         let mut method = name.to_owned();
         for part in parts {
             match part.split_once('=') {
@@ -138,7 +143,11 @@ impl FromStr for Policy {
                     let ok = |x: &f64| *x > 0.0;
                     policy.lambda = Some(value.parse().ok().filter(ok).ok_or_else(no)?);
                 }
-                Some(_) if is_method => method += &format!(",{part}"),
+                Some((key, _))
+                    if is_method && !(is_oracle && ["first", "local"].contains(&key)) =>
+                {
+                    method += &format!(",{part}");
+                }
                 Some(("pool", value)) => policy.pooling = Some(flags::pooling(value)?),
                 Some(("theta", value)) => {
                     let ok = |x: &f64| (0.0..1.0).contains(x);
@@ -239,6 +248,7 @@ mod tests {
             "minference:v=1000,s=6096",
             "flexprefill:0.9,tau=0.1,min=128,lambda=6",
             "window:1024,sinks=4",
+            "oracle:0.95,lambda=6,local=0",
         ] {
             assert_eq!(name.parse::<Policy>().map(|p| p.to_string()), Ok(name.into()));
         }
@@ -254,6 +264,8 @@ mod tests {
             "cdf:0.5,pool=7",
             "cdf:0.5,v=3",
             "cdf:0.5,theta=1",
+            "oracle:0.5,theta=0.1",
+            "window:64,local=2",
             "dense,lambda=0",
             "xattention:0.9,stride=12",
             "minference:v=3,topk:0.5",

@@ -4,7 +4,7 @@ mod common;
 
 use common::*;
 
-const METHODS: [&str; 7] = [
+const METHODS: [&str; 8] = [
     "minference:v=30,s=60",
     "a-shape:init=64,local=64",
     "block-sparse:1",
@@ -12,6 +12,7 @@ const METHODS: [&str; 7] = [
     "xattention:0.3",
     "window:64,sinks=0",
     "random:0.3",
+    "oracle:0.6",
 ];
 
 #[test]

@@ -129,7 +129,7 @@ pub enum Error {
     #[error(
         "'{0}' is no policy; expected dense, window:TOKENS[,sinks=N], random:SHARE[,seed=N], \
          minference:v=N,s=N, a-shape:init=N,local=N, block-sparse:N, \
-         flexprefill:GAMMA[,tau=T,min=TOKENS] or xattention:THRESHOLD[,stride=N]"
+         flexprefill:GAMMA[,tau=T,min=TOKENS], xattention:THRESHOLD[,stride=N] or oracle:SHARE"
     )]
     Policy(String),
     /// A text that names no order of tokens.

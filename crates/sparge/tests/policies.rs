@@ -241,7 +241,7 @@ fn random_forces_what_its_plan_keeps() {
     assert_eq!(row(&one(&x, &x, 8, &CAUSAL, "random:0.01"), 20), [0, 40, 41]);
 }
 
-const ALL: [&str; 8] = [
+const ALL: [&str; 9] = [
     "dense",
     "window:300",
     "minference:v=40,s=150",
@@ -250,6 +250,7 @@ const ALL: [&str; 8] = [
     "flexprefill:0.9,tau=0.2,min=128",
     "xattention:0.7",
     "random:0.3",
+    "oracle:0.6",
 ];
 
 #[test]
@@ -331,7 +332,7 @@ fn what_has_no_meaning_is_refused() {
     let allowed = vec![true; 512 * 512];
     let mask = TensorView::hnd(&allowed, [1, 1, 512, 512]).expect("a mask");
     let masked = AttentionOptions { element_mask: Some(ElementMask::Bool(mask)), ..CAUSAL };
-    for name in ["minference", "flexprefill", "xattention", "block-sparse"] {
+    for name in ["minference", "flexprefill", "xattention", "block-sparse", "oracle"] {
         assert!(matches!(ask(&masked, name), Err(Error::Conflict { .. })), "{name}");
     }
     for name in ["dense", "window", "random", "a-shape"] {
@@ -350,6 +351,7 @@ fn what_has_no_meaning_is_refused() {
         "xattention:0.9,stride=0",
         "xattention:0.9,stride=12",
         "xattention:0.9,stride=128",
+        "oracle:0",
     ] {
         let refused = ask(&CAUSAL, name);
         let by_name = matches!(refused, Err(Error::Setting { .. } | Error::Dimension { .. }));

@@ -221,3 +221,31 @@ fn xattention_is_its_definition() {
         is(&chosen(&x, &name), &xattention(&x, stride, threshold), &name);
     }
 }
+
+#[test]
+fn oracle_is_its_definition() {
+    for (seed, cdf) in [(1, 0.9), (3, 0.6), (5, 0.3)] {
+        let x = head(seed);
+        let attention = last(&x, LEN);
+        let mut expected = empty();
+        for (i, rows) in attention.chunks(128).enumerate() {
+            let mut mass = vec![0.0; 2 * i + 2];
+            for p in rows {
+                p.iter().enumerate().for_each(|(j, p)| mass[j / 64] += p / 128.0);
+            }
+            // The first block and the diagonal, as a dense configuration keeps them.
+            let forced = [0, 2 * i, 2 * i + 1];
+            let mut sum: f64 =
+                (0..mass.len()).filter(|j| forced.contains(j)).map(|j| mass[j]).sum();
+            forced.iter().for_each(|&j| expected.set(0, 0, i, j));
+            for j in sorted(&mass).into_iter().filter(|j| !forced.contains(j)) {
+                if sum < cdf {
+                    expected.set(0, 0, i, j);
+                }
+                sum += mass[j];
+            }
+        }
+        let name = format!("oracle:{cdf}");
+        is(&chosen(&x, &name), &expected, &name);
+    }
+}

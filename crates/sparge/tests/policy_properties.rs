@@ -22,6 +22,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
             .prop_map(|(gamma, tau, min_budget)| Policy::FlexPrefill { gamma, tau, min_budget }),
         (1u32..7, share())
             .prop_map(|(log, threshold)| Policy::XAttention { stride: 1 << log, threshold }),
+        share().prop_map(|cdf| Policy::Oracle { cdf }),
     ]
 }
 

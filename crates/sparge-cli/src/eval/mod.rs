@@ -20,7 +20,8 @@ use clap::Subcommand;
 /// always kept at the start and before the diagonal). Or a method the paper compares with, its authors' defaults
 /// where nothing is given: minference:v=1000,s=6096; a-shape:init=1024,local=4096; block-sparse:100;
 /// flexprefill:0.95,tau=0.1,min=1024; xattention:0.9,stride=8; window:1024,sinks=4 (tokens);
-/// random:0.5,seed=0 (the control), each also with ,lambda=L. These have no stage 2 unless asked, and
+/// random:0.5,seed=0 (the control); oracle:0.95 (the other: cdf by true masses, also with ,first=N and
+/// ,local=N), each also with ,lambda=L. These have no stage 2 unless asked, and
 /// minference and flexprefill, which look at the last queries first, read the prompt in one piece.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

@@ -23,6 +23,7 @@ mod estimate;
 mod flexprefill;
 mod minference;
 mod name;
+mod oracle;
 mod pattern;
 mod xattention;
 
@@ -43,7 +44,7 @@ use std::time::Instant;
 ///
 /// As text (`Display`, `FromStr`): the name, then settings after a colon; what is left out has the
 /// default. `window:1024`, `random:0.5,seed=7`, `minference:v=1000,s=6096`, `a-shape:init=1024,local=4096`,
-/// `block-sparse:100`, `flexprefill:0.95,tau=0.1,min=1024`, `xattention:0.9,stride=8`.
+/// `block-sparse:100`, `flexprefill:0.95,tau=0.1,min=1024`, `xattention:0.9,stride=8`, `oracle:0.95`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Policy {
@@ -114,6 +115,12 @@ pub enum Policy {
         /// Share of each row's estimated attention, in (0, 1]. Default 0.9.
         threshold: f64,
     },
+    /// The other control: what stage 1 would choose if it knew the true masses of the blocks. As
+    /// good as a prediction can be, at more than the price of dense attention.
+    Oracle {
+        /// As [`crate::Selection::TopCdf`], in (0, 1]. Default 0.95.
+        cdf: f64,
+    },
 }
 
 impl Policy {
@@ -140,6 +147,7 @@ impl Policy {
                 let ok = (0.0..=1.0).contains(&tau);
                 setting("flexprefill tau", tau, ok, "0 to 1")
             }
+            Self::Oracle { cdf } => share("oracle cdf", cdf),
             Self::XAttention { stride, threshold } => {
                 share("xattention threshold", threshold)?;
                 let ok = stride.is_power_of_two() && (2..=64).contains(&stride);
@@ -163,11 +171,16 @@ impl Policy {
                 remedy: "set causal, or take xattention, block-sparse, window or random",
             });
         }
-        let estimates =
-            causal_only || matches!(self, Self::BlockSparse { .. } | Self::XAttention { .. });
+        let scores = |policy: &Self| {
+            matches!(
+                policy,
+                Self::BlockSparse { .. } | Self::XAttention { .. } | Self::Oracle { .. }
+            )
+        };
+        let estimates = causal_only || scores(self);
         if estimates && has_element_mask {
             return Err(Error::Conflict {
-                a: "a policy that estimates scores (minference, block-sparse, flexprefill, xattention)",
+                a: "a policy that estimates scores (minference, block-sparse, flexprefill, xattention, oracle)",
                 b: "an element mask",
                 remedy: "its estimate does not see the mask; drop the mask, or take dense, window, \
                          a-shape or random",
@@ -208,7 +221,7 @@ pub fn mask<T: Element>(
 }
 
 /// The blocks [`forward`] computes, as [`crate::predict`]: the plan's selection is not used, but
-/// [`Policy::Random`] keeps what its `keep_first` and `keep_local` keep.
+/// [`Policy::Random`] and [`Policy::Oracle`] keep what its `keep_first` and `keep_local` keep.
 ///
 /// # Errors
 /// As [`mask`], and [`Error::Mismatch`] where q and k are not of the plan's shape.
@@ -278,6 +291,7 @@ fn masked<T: Element>(
             Policy::XAttention { stride, threshold } => {
                 xattention::choose(&head, &mut blocks, stride, threshold);
             }
+            Policy::Oracle { cdf } => oracle::choose(&head, &mut blocks, cdf),
         }
     });
     Ok(mask)

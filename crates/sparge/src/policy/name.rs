@@ -17,6 +17,7 @@ impl Policy {
             "block-sparse" => Self::BlockSparse { blocks: 100 },
             "flexprefill" => Self::FlexPrefill { gamma: 0.95, tau: 0.1, min_budget: 1024 },
             "xattention" => Self::XAttention { stride: 8, threshold: 0.9 },
+            "oracle" => Self::Oracle { cdf: 0.95 },
             _ => return None,
         })
     }
@@ -42,6 +43,7 @@ impl Policy {
             (Self::FlexPrefill { min_budget, .. }, "min") => put(min_budget, value),
             (Self::XAttention { threshold, .. }, "" | "threshold") => put(threshold, value),
             (Self::XAttention { stride, .. }, "stride") => put(stride, value),
+            (Self::Oracle { cdf }, "" | "cdf") => put(cdf, value),
             _ => false,
         }
     }
@@ -85,6 +87,7 @@ impl fmt::Display for Policy {
             Self::XAttention { stride, threshold } => {
                 format!("xattention:{threshold},stride={stride}")
             }
+            Self::Oracle { cdf } => format!("oracle:{cdf}"),
         };
         f.pad(&text)
     }
@@ -105,6 +108,7 @@ mod tests {
             "block-sparse:16",
             "flexprefill:0.9,tau=0.1,min=512",
             "xattention:0.8,stride=16",
+            "oracle:0.9",
         ] {
             let policy = name.parse::<Policy>().expect(name);
             assert_eq!(policy.to_string(), name);

@@ -14,7 +14,7 @@ pub(crate) use pool::PooledKeys;
 use rayon::prelude::*;
 pub(crate) use sample::positions;
 pub(crate) use score::Scorer;
-pub(crate) use select::RowScores;
+pub(crate) use select::{RowScores, select};
 
 /// Predicts the blocks that `plan`'s heads attend to.
 ///

@@ -51,7 +51,7 @@ impl RowScores {
 
 /// Calls `keep` for every block to compute (some more than once): the forced ones, those the judge
 /// added, and the others in descending mass as far as the budget goes.
-pub(super) fn select(row: &mut RowScores, cdf: f64, top_k: f64, mut keep: impl FnMut(usize)) {
+pub(crate) fn select(row: &mut RowScores, cdf: f64, top_k: f64, mut keep: impl FnMut(usize)) {
     if row.undecidable {
         row.reachable.iter().for_each(|&j| keep(j));
         return;
