@@ -14,9 +14,11 @@ import datetime
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -129,6 +131,49 @@ TABLES: dict[str, list[list[str]]] = {
     "qwen-1.5b-samples": [
         ppl(["cdf:0.95", "cdf:0.95,pool=16x16+8rows"], "4096", "--model", "qwen2.5-coder-1.5b"),
     ],
+    # What could stand for the skipped blocks.
+    "compensation": [
+        ["eval", "compensation", "--context", "4096", "--model", model]
+        for model in ("smollm2-135m", "qwen2.5-coder-0.5b")
+    ],
+    # The prediction against true masses, in perplexity; stage 2 off, two local blocks kept by all.
+    "oracle": [
+        ppl(["dense", *(f"{p},lambda=inf" for t in (0.98, 0.95, 0.9) for p in
+             (f"cdf:{t},pool=block", f"cdf:{t},pool=16x16", f"cdf:{t}", f"oracle:{t}"))],
+            "4096", "--windows", "2"),
+    ],
+    "oracle-qwen": [
+        ppl(["dense", *(f"{p},lambda=inf" for t in (0.98, 0.95, 0.9) for p in
+             (f"cdf:{t},pool=block", f"cdf:{t}", f"oracle:{t}"))],
+            "4096", "--model", "qwen2.5-coder-0.5b"),
+    ],
+    # Equal sparsity and equal error on a second model, with what "qwen" has at 4096.
+    "qwen-policies": [
+        ppl(["dense", "cdf:0.9", "minference:v=30,s=100", "minference:v=60,s=400", "flexprefill:0.95",
+             "flexprefill:0.9", "flexprefill:0.95,min=128", "xattention:0.9"],
+            "4096", "--model", "qwen2.5-coder-0.5b"),
+    ],
+    "qwen-error": [
+        [*error(["default", "cdf:0.99", "cdf:0.95", "cdf:0.9", "cdf:0.8", "topk:0.7", "topk:0.5", "topk:0.3",
+                 *PAPER, *MINFERENCE, *FLEXPREFILL, *(f"flexprefill:{g}" for g in (0.99, 0.95, 0.9, 0.6)),
+                 *XATTENTION, "window:2048", "window:1024", "window:512"], "4096", 4),
+         "--model", "qwen2.5-coder-0.5b"],
+    ],
+    "qwen-1.5b-tuned": [
+        ppl(["dense"], "4096", "--model", "qwen2.5-coder-1.5b", "--calibration", "{calibration}"),
+    ],
+    "qwen-1.5b-tuned-8k": [
+        ppl(["dense"], "8192", "--model", "qwen2.5-coder-1.5b", "--calibration", "{calibration}"),
+    ],
+    # The compared methods on WikiText-2 at more than one setting, with what "wikitext" has.
+    "wikitext-policies": [
+        ppl(["dense", "minference:v=30,s=100", "minference:v=60,s=400", "xattention:0.98", "xattention:0.9",
+             "window:512"], "4096", "--windows", "3", "--prompt-file", "{wikitext}"),
+    ],
+    # How long tuning takes: five samples, as the paper uses.
+    "tune-time": [
+        ["tune", "--samples", "5", "--context", "4096", "--l1", "0.02", "--l2", "0.025", "-o", "{out}"],
+    ],
     # Tables 5 and 10.
     "judge": [
         error([f"cdf:0.9,local=0,lambda=inf,pool={p},theta={t}" for p in ("block", "16x16+2rows")
@@ -155,6 +200,20 @@ TABLES: dict[str, list[list[str]]] = {
         ["eval", "needle", "--context", "1024", "--keys", "4", "--depth", "0.1,0.5,0.9",
          "--policy", "dense,default"],
     ],
+    # The longest that SmolLM2 reads.
+    "needle-8k": [
+        ["eval", "needle", "--context", "8000", "--depth", "0.1,0.5,0.9", "--policy", "dense,default",
+         "--calibration", "{calibration}"],
+    ],
+    # A model that can do the multi-key task.
+    "needle-qwen-keys": [
+        ["eval", "needle", "--model", "qwen2.5-coder-0.5b", "--context", "4096", "--keys", "4",
+         "--depth", "0.1,0.5,0.9", "--policy", "dense,default", "--calibration", "{calibration}"],
+    ],
+    "needle-qwen": [
+        ["eval", "needle", "--model", "qwen2.5-coder-0.5b", "--context", "8192",
+         "--depth", "0.1,0.5,0.9", "--policy", "dense,default", "--calibration", "{calibration}"],
+    ],
 }
 
 
@@ -168,6 +227,12 @@ def device() -> str:
     except OSError:
         pass
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.machine()}"
+
+
+def cpu_seconds() -> float:
+    """Of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -189,6 +254,8 @@ def main() -> None:
                     make = [sys.executable, str(HERE / "features.py"), kind, str(path)]
                     subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
                     word = str(path)
+                elif word == "{out}":
+                    word = str(Path(folder) / "out.json")
                 elif word in BY_LAYER:
                     path = Path(folder) / f"{word.strip('{}')}.json"
                     by_layer(*BY_LAYER[word], path)
@@ -198,12 +265,14 @@ def main() -> None:
                         raise SystemExit(f"this table needs --{word.strip('{}')} FILE")
                     word = given[word]
                 command.append(word)
+            began, used = time.monotonic(), cpu_seconds()
             output = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
+            times = {"wall_s": round(time.monotonic() - began, 1), "cpu_s": round(cpu_seconds() - used, 1)}
             result = json.loads(output.stdout)
             # A record names the text, not where it lay.
             if "{wikitext}" in line:
                 result["text"] = "WikiText-2 test"
-            runs.append({"command": " ".join(["sparge", *line]), "output": result})
+            runs.append({"command": " ".join(["sparge", *line]), **times, "output": result})
     record = {
         "date": datetime.date.today().isoformat(),
         "device": device(),

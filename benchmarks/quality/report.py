@@ -8,132 +8,26 @@ What stands under "## Reading" in an existing page is kept: it is written by han
 
 import argparse
 import json
-from pathlib import Path
 
-import matplotlib
+from pages import MODEL, NEEDS, PAPER, RECORDS, SHOWN, TITLES
+from studies import report_compensation, report_needle, report_oracle
+from tables import (
+    BY_LAYER, FAMILIES, HERE, RESULTS, curves, equal, load, pct, plot_curves, plt, ppl_table, save, signed,
+    sparsity_at, table, tokens_axis,
+)
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from pages import MODEL, NEEDS, PAPER, RECORDS, SHOWN, TITLES  # noqa: E402
-
-HERE = Path(__file__).parent
-RESULTS = HERE.parent.parent / "docs" / "results"
-LOWERED, FLOORED = "FlexPrefill, floor lowered to 128", "FlexPrefill, its floor of 1024"
-#: Families of policies: what their names start with, label, colour. The first match counts.
-FAMILIES = [
-    ("our prediction, τ", "#1f4e9c"), ("our prediction, top-k", "#7aa6de"),
-    ("paper's pooling, τ", "#d1495b"), ("MInference", "#2e933c"), (LOWERED, "#edae49"),
-    (FLOORED, "#b07d12"),
-    ("XAttention", "#8f3f97"), ("block-sparse", "#66a182"), ("window", "#888888"),
-    ("random", "#bbbbbb"), ("tuned", "#000000"), ("our prediction, τ, no local blocks", "#00a0c0"),
-    ("our prediction, τ, 8 samples", "#ff7f0e"), ("our prediction, τ by layer", "#00702a"),
-]
-#: What "tuned" is where measure.py made the settings itself.
-BY_LAYER = {
-    "{sparse-early}": "τ = 0.88 in layers 1–10, 0.97 in others",
-    "{sparse-late}": "τ = 0.98 in layers 1–10, 0.945 in others",
-}
+#: The pages of relative L1 by policy.
+ERRORS = ("error", "qwen-error")
 
 
-def family(policy: str) -> str | None:
-    if policy.startswith("dense"):
-        return None
-    if "theta=" in policy or policy == "default,lambda=inf":
-        return None
-    if "pool=128x64" in policy:
-        return "paper's pooling, τ" if policy.endswith("local=0") else None
-    if policy in BY_LAYER.values():
-        return "our prediction, τ by layer" if policy == BY_LAYER["{sparse-early}"] else None
-    if "pool=" in policy:
-        return "our prediction, τ, 8 samples" if policy.endswith("pool=16x16+8rows") else None
-    if "local=" in policy:
-        ours = policy.startswith("cdf") and policy.endswith("local=0")
-        return "our prediction, τ, no local blocks" if ours else None
-    if policy.startswith("flexprefill") and policy.endswith("min=1024"):
-        return FLOORED
-    prefixes = {
-        "default": "our prediction, τ", "cdf": "our prediction, τ", "topk": "our prediction, top-k",
-        "minference": "MInference", "flexprefill": LOWERED, "xattention": "XAttention",
-        "tuned": "tuned", "block-sparse": "block-sparse", "window": "window", "random": "random",
-    }
-    return next((label for start, label in prefixes.items() if policy.startswith(start)), None)
-
-
-def pct(x: float, digits: int = 1) -> str:
-    return f"{100 * x:.{digits}f}%"
-
-
-def signed(x: float | None) -> str:
-    return "–" if x is None else f"{100 * x:+.2f}%"
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
-
-
-def curves(rows: list[dict], key: str) -> dict[str, list[tuple[float, float, str]]]:
-    """Per family (sparsity, value, policy), by sparsity."""
-    found: dict[str, list[tuple[float, float, str]]] = {}
-    for row in rows:
-        label = family(row["policy"])
-        if label and row[key] is not None:
-            found.setdefault(label, []).append((row["qk_sparsity"], row[key], row["policy"]))
-    return {label: sorted(points) for label, points in found.items()}
-
-
-def at(points: list[tuple[float, float, str]], x: float) -> float | None:
-    """Linear interpolation; None outside what was measured."""
-    for (x0, y0, _), (x1, y1, _) in zip(points, points[1:]):
-        if x0 <= x <= x1 and x1 > x0:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return None
-
-
-def sparsity_at(points: list[tuple[float, float, str]], y: float) -> float | None:
-    """The sparsity at which the interpolated value first reaches y."""
-    for (x0, y0, _), (x1, y1, _) in zip(points, points[1:]):
-        if y0 <= y <= y1 and y1 > y0:
-            return x0 + (x1 - x0) * (y - y0) / (y1 - y0)
-    return None
-
-
-def plot_curves(axis, found: dict, scale: float = 1.0) -> None:
-    for label, colour in FAMILIES:
-        if label in found:
-            xs = [100 * x for x, _, _ in found[label]]
-            ys = [scale * y for _, y, _ in found[label]]
-            axis.plot(xs, ys, marker="o", ms=4, lw=1.5, color=colour, label=label)
-    axis.set_xlabel("share of Q·Kᵀ blocks skipped, %")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def save(figure, name: str) -> str:
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.png", dpi=100, metadata={"Software": None})
-    plt.close(figure)
-    return f"![{name}]({name}.png)\n"
-
-
-def equal(found: dict, levels: list[float], form) -> str:
-    heads = ["at sparsity"] + [pct(x, 0) for x in levels]
-    rows = []
-    for label, _ in FAMILIES:
-        if label in found:
-            values = [at(found[label], x) for x in levels]
-            rows.append([label] + ["–" if v is None else form(v) for v in values])
-    return table(heads, rows)
-
-
-def report_error(runs: list[dict]) -> tuple[str, str]:
+def report_error(name: str, runs: list[dict]) -> tuple[str, str]:
     rows = [r for run in runs for r in run["output"]["results"]]
     found = curves(rows, "rel_l1")
     figure, axis = plt.subplots(figsize=(9.5, 4.5))
     plot_curves(axis, found)
     axis.set_ylabel("relative L1 of a layer's attention, mean")
     axis.set_yscale("log")
-    picture = save(figure, "error")
+    picture = save(figure, name)
     body = "At equal measured sparsity (linear between neighbours of the sweep below):\n\n"
     body += equal(found, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7], lambda v: f"{v:.3f}")
     body += "\nAt equal error, the share skipped:\n\n"
@@ -187,9 +81,9 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
             [[f"`{r['policy']}`", pct(r["qk_sparsity"]), f"{r['rel_l1']:.4f}", f"{r['rel_l1_worst']:.4f}"]
              for r in layers],
         )
-    if name == "policies":
+    if name in ("policies", "qwen", "wikitext"):
         body += "\nChange of perplexity at equal measured sparsity (linear between the settings "
-        body += "above; – where they do not reach):\n\n"
+        body += f"above; – where they do not reach){', 4096 tokens' if name == 'qwen' else ''}:\n\n"
         body += equal(found, [0.35, 0.4, 0.5, 0.55, 0.6, 0.65], signed)
     return picture, body
 
@@ -219,20 +113,6 @@ def draw_local(rows: list[dict]) -> str:
     axes[0].legend(fontsize=8)
     figure.suptitle("SmolLM2-135M on Emma, 4096 tokens where not said otherwise", fontsize=10)
     return save(figure, "local")
-
-
-def load(name: str) -> list[dict]:
-    record = json.loads((HERE / "records" / f"{name}.json").read_text())
-    return [r for run in record["runs"] for r in run["output"]["results"]]
-
-
-def tokens_axis(axis, ticks: list[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{round(n / 1024)}K" for n in ticks], fontsize=8)
-    axis.minorticks_off()
-    axis.set_xlabel("tokens")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
 
 
 def draw_tuned(rows: list[dict]) -> str:
@@ -282,14 +162,6 @@ def report_wikitext(runs: list[dict]) -> tuple[str, str]:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return picture, body + "\n" + save(figure, "wikitext-layers")
-
-
-def ppl_table(rows: list[dict]) -> str:
-    return table(
-        ["tokens", "policy", "Q·Kᵀ skipped", "P·V skipped", "perplexity", "change"],
-        [[str(r["context"]), f"`{r['policy']}`", pct(r["qk_sparsity"]), pct(r["pv_sparsity"]),
-          f"{r['ppl']:.3f}", signed(r["ppl_change"])] for r in rows],
-    )
 
 
 def report_length(runs: list[dict]) -> tuple[str, str]:
@@ -436,54 +308,16 @@ def report_order(runs: list[dict]) -> tuple[str, str]:
     return save(figure, "order"), body
 
 
-def report_needle(runs: list[dict]) -> tuple[str, str]:
-    body, grids = "", []
-    for run in runs:
-        out = run["output"]
-        contexts = sorted({r["context"] for r in out["results"]})
-        depths = sorted({r["depth"] for r in out["results"]})
-        what = "one sentence" if out["keys"] == 1 else f"one of {out['keys']} sentences (multi-key)"
-        body += f"{what}, contexts {', '.join(map(str, contexts))}; found / asked by context, all depths:\n\n"
-        rows = []
-        for acc in out["accuracy"]:
-            cells = [r for r in out["results"] if r["policy"] == acc["policy"]]
-            line = [f"`{acc['policy']}`", pct(acc["accuracy"], 0)]
-            for n in contexts:
-                of = [c for c in cells if c["context"] == n]
-                found, asked = sum(c["correct"] for c in of), sum(c["trials"] for c in of)
-                line.append(f"{found}/{asked} ({pct(sum(c['qk_sparsity'] for c in of) / len(of), 0)} skipped)")
-            rows.append(line)
-        body += table(["policy", "found"] + [f"{n} tokens" for n in contexts], rows) + "\n"
-        grids.append((out, contexts, depths))
-    out, contexts, depths = grids[0]
-    names = [a["policy"] for a in out["accuracy"]]
-    figure, axes = plt.subplots(1, len(names), figsize=(1.9 * len(names), 3), sharey=True)
-    for axis, name in zip(axes, names):
-        grid = [[next(r["correct"] / r["trials"] for r in out["results"] if
-                      (r["policy"], r["context"], r["depth"]) == (name, n, d)) for n in contexts] for d in depths]
-        axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for y, line in enumerate(grid):
-            for x, share in enumerate(line):
-                axis.text(x, y, "found" if share == 1 else "missed" if share == 0 else pct(share, 0), ha="center",
-                          va="center", fontsize=7, color="black" if share > 0.5 else "white")
-        axis.set_xlabel("tokens", fontsize=8)
-        axis.set_xticks(range(len(contexts)), contexts, fontsize=7)
-        axis.set_yticks(range(len(depths)), depths, fontsize=7)
-        axis.set_title(name.replace(",", "\n", 1), fontsize=7)
-    axes[0].set_ylabel("depth of the sentence", fontsize=8)
-    figure.suptitle("One sentence asked for, once per context and depth", fontsize=9)
-    return save(figure, "needle"), body
-
-
 def subject(name: str, runs: list[dict]) -> str:
     outputs = [run["output"] for run in runs]
     first = outputs[0]
     if "model" in first:
         texts = " and ".join(dict.fromkeys(o["text"] for o in outputs))
-        lengths = SHOWN.get(name) or sorted({r["context"] for o in outputs for r in o["results"]})
+        lengths = SHOWN.get(name) or sorted({r["context"] for o in outputs for r in o.get("results", [o])})
         texts = texts if name != "needle" else "Emma"
+        models = " and ".join(dict.fromkeys(MODEL.get(o["model"], o["model"]) for o in outputs))
         length = ", ".join(map(str, lengths))
-        return f"Model {MODEL.get(first['model'], first['model'])}; text {texts}; {length} tokens"
+        return f"Model {models}; text {texts}; {length} tokens"
     if "grid" in first:
         return "Tensors made from a photograph and from a clip by `benchmarks/quality/features.py` (no trained model)"
     return "Operator on structured random inputs (`sparge bench`), 9 query and 3 key/value heads of 64, causal, f32"
@@ -497,12 +331,16 @@ def main() -> None:
         names = RECORDS.get(name, [name])
         records = [json.loads((HERE / "records" / f"{n}.json").read_text()) for n in names]
         special = {
-            "error": report_error, "length": report_length, "stages": report_stages,
+            "length": report_length, "stages": report_stages,
             "judge": report_judge, "overhead": report_overhead, "order": report_order,
-            "needle": report_needle, "wikitext": report_wikitext,
+            "needle": report_needle, "wikitext": report_wikitext, "oracle": report_oracle,
+            "compensation": report_compensation,
         }
         runs = [run for record in records for run in record["runs"]]
-        picture, body = special[name](runs) if name in special else report_ppl(name, runs)
+        if name in special:
+            picture, body = special[name](runs)
+        else:
+            picture, body = (report_error if name in ERRORS else report_ppl)(name, runs)
         path = RESULTS / f"{name}.md"
         old = path.read_text() if path.exists() else ""
         reading = old[old.index("## Reading"):] if "## Reading" in old else "## Reading\n"

@@ -36,6 +36,7 @@ enum Command {
     Error(error::Args),
     Order(order::Args),
     Predictor(predictor::Args),
+    Compensation(predictor::compensate::Args),
 }
 
 /// Runs the subcommand.
@@ -46,5 +47,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         Command::Error(args) => error::run(args, context),
         Command::Order(args) => order::run(args, context),
         Command::Predictor(args) => predictor::run(args, context),
+        Command::Compensation(args) => predictor::compensate::run(args, context),
     }
 }

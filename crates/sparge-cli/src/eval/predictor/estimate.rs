@@ -40,7 +40,7 @@ pub(super) struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn range(&self, rows: &Range<usize>) -> &[f32] {
+    pub(super) fn range(&self, rows: &Range<usize>) -> &[f32] {
         &self.data[rows.start * self.dim..rows.end * self.dim]
     }
 }
@@ -154,7 +154,7 @@ fn with_squares(x: &[f32], squares: bool) -> Vec<f32> {
 }
 
 /// Mean and variance per dimension.
-fn moments(rows: &[f32], dim: usize) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn moments(rows: &[f32], dim: usize) -> (Vec<f32>, Vec<f32>) {
     let n = (rows.len() / dim) as f32;
     let (mut mean, mut variance) = (vec![0.0; dim], vec![0.0; dim]);
     for row in rows.chunks(dim) {
@@ -168,7 +168,7 @@ fn moments(rows: &[f32], dim: usize) -> (Vec<f32>, Vec<f32>) {
     (mean, variance)
 }
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     // Eight sums at once: the compiler may not reorder one.
     let mut sums = [0.0f32; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));

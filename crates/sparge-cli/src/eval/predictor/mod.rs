@@ -1,5 +1,6 @@
 //! `sparge eval predictor`: how near a prediction is to the true block masses, and what it costs.
 
+pub(super) mod compensate;
 mod estimate;
 mod record;
 mod scatter;
@@ -112,19 +113,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let text = args.text.load(context)?;
     let language = Language::open(&args.model, context)?;
     language.check_context(args.context)?;
-    let config = language.model.config();
-    let count = config.num_layers;
-    let layers = if args.layer.is_empty() {
-        (0..6).map(|i| i * (count - 1) / 5).collect()
-    } else {
-        args.layer.clone()
-    };
-    if let Some(layer) = layers.iter().find(|l| **l >= count) {
-        return Err(Error::input(format!(
-            "--layer is {layer}, but the model has {count}; expected 0 to {}",
-            count - 1
-        )));
-    }
+    let layers = chosen_layers(&args.layer, language.model.config().num_layers)?;
     for &pooling in &args.pooling {
         language.check_config(&SpargeConfig { pooling, ..SpargeConfig::default() })?;
     }
@@ -155,6 +144,18 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         estimate: points.report(),
     };
     if context.json { terminal::print_json(&report) } else { terminal::print(&render(&report)) }
+}
+
+/// The layers asked for, or six, of a model with `count`.
+fn chosen_layers(asked: &[usize], count: usize) -> Result<Vec<usize>> {
+    if let Some(layer) = asked.iter().find(|l| **l >= count) {
+        return Err(Error::input(format!(
+            "--layer is {layer}, but the model has {count}; expected 0 to {}",
+            count - 1
+        )));
+    }
+    let six = || (0..6).map(|i| i * (count - 1) / 5).collect();
+    Ok(if asked.is_empty() { six() } else { asked.to_vec() })
 }
 
 /// A predictor: the operator's, or one of this command's.
@@ -358,7 +359,7 @@ fn given(estimator: Estimator, tensors: &Layer, heads: usize) -> Vec<BlockMasses
     (0..heads)
         .into_par_iter()
         .map(|head| {
-            let [q, k] = tensors.head(head);
+            let [q, k, _] = tensors.head(head);
             let (q, k) = (Rows { data: q, dim }, Rows { data: k, dim });
             estimate::masses(estimator, q, k, tensors.scale as f32)
         })

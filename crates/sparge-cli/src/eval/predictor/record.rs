@@ -38,12 +38,12 @@ impl Layer {
         ])
     }
 
-    /// One query head's queries and keys, row after row.
-    pub(super) fn head(&self, head: usize) -> [&[f32]; 2] {
+    /// One query head's queries, keys and values, row after row.
+    pub(super) fn head(&self, head: usize) -> [&[f32]; 3] {
         let per_head = self.len * self.dim;
         let group = self.q.len() / self.k.len();
         let of = |head: usize| head * per_head..(head + 1) * per_head;
-        [&self.q[of(head)], &self.k[of(head / group)]]
+        [&self.q[of(head)], &self.k[of(head / group)], &self.v[of(head / group)]]
     }
 
     /// Elements of a head.
