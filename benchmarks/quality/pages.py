@@ -29,7 +29,7 @@ RECORDS = {
     "length": ["length", "tuned"], "qwen": ["qwen", "qwen-32k", "qwen-policies"],
     "qwen-1.5b": ["qwen-1.5b", "qwen-1.5b-16k", "qwen-1.5b-samples", "qwen-1.5b-tuned", "qwen-1.5b-tuned-8k"],
     "wikitext": ["wikitext", "wikitext-why", "wikitext-flexprefill", "wikitext-policies"],
-    "needle": ["needle", "needle-8k", "needle-qwen", "needle-qwen-keys"], "oracle": ["oracle", "oracle-qwen"],
+    "needle": ["needle", "needle-8k", "needle-qwen", "needle-qwen-keys"], "oracle": ["oracle"],
 }
 #: What has to be given to measure.py for a record.
 NEEDS = {

@@ -11,7 +11,7 @@ PREDICTIONS = {
     "oracle": ("true masses (oracle)", "#222222"),
 }
 #: Sparsities at which they are compared.
-LEVELS = [0.35, 0.4, 0.45, 0.5, 0.55, 0.6]
+LEVELS = [0.5, 0.55, 0.6, 0.65]
 #: A mass for every skipped block, and whether the mean of its values goes with it.
 FORMS = {
     ("none", False): ("nothing", "#222222"),
