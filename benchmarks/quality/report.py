@@ -84,7 +84,8 @@ def report_ppl(name: str, runs: list[dict]) -> tuple[str, str]:
     if name in ("policies", "qwen", "wikitext"):
         body += "\nChange of perplexity at equal measured sparsity (linear between the settings "
         body += f"above; – where they do not reach){', 4096 tokens' if name == 'qwen' else ''}:\n\n"
-        body += equal(found, [0.35, 0.4, 0.5, 0.55, 0.6, 0.65], signed)
+        levels = [0.35, 0.4, 0.45, 0.5, 0.55, 0.6] if name == "qwen" else [0.35, 0.4, 0.5, 0.55, 0.6, 0.65]
+        body += equal(found, levels, signed)
     return picture, body
 
 
