@@ -27,7 +27,7 @@ TITLES = {
 RECORDS = {
     "error": ["error", "error-flexprefill"], "policies": ["perplexity", "local", "perplexity-flexprefill"], "stages": ["perplexity"], "judge": ["judge", "perplexity"],
     "length": ["length", "tuned"], "qwen": ["qwen", "qwen-32k", "qwen-policies"],
-    "qwen-1.5b": ["qwen-1.5b", "qwen-1.5b-16k", "qwen-1.5b-samples", "qwen-1.5b-tuned", "qwen-1.5b-tuned-8k"],
+    "qwen-1.5b": ["qwen-1.5b", "qwen-1.5b-16k", "qwen-1.5b-samples", "qwen-1.5b-tuned"],
     "wikitext": ["wikitext", "wikitext-why", "wikitext-flexprefill", "wikitext-policies"],
     "needle": ["needle", "needle-8k", "needle-qwen", "needle-qwen-keys"], "oracle": ["oracle"],
 }
