@@ -28,6 +28,14 @@ def host_lengths(lengths: Union[Tensor, Sequence[int]], query: Tensor) -> Tensor
     return given.to(device, torch.int64)
 
 
+def whole_rows(mask: Optional[Tensor], kv_len: int) -> Optional[Tensor]:
+    """The mask with a column for every key on a GPU: torch 2.11's kernels take one column for all, or
+    keys that lie apart, with an error, a wrong result or a misaligned read."""
+    if mask is None or not mask.is_cuda or (mask.shape[-1] == kv_len and mask.stride(-1) == 1):
+        return mask
+    return mask.expand(*mask.shape[:-1], kv_len).contiguous()
+
+
 def dense_mask(
     q_len: int,
     kv_len: int,
@@ -102,7 +110,7 @@ def dense(
         query,
         key,
         value,
-        attn_mask,
+        whole_rows(attn_mask, kv_len),
         o.dropout_p,
         is_causal,
         scale=o.scale,

@@ -10,7 +10,7 @@ import torch
 
 from . import _ops
 from ._config import DENSE, Config, per_head, settings_text
-from ._dense import DenseOptions, Window, dense, host_lengths, sdpa
+from ._dense import DenseOptions, Window, dense, host_lengths, sdpa, whole_rows
 from ._checks import check, check_dims, check_fit, check_kinds, same_device
 from ._mask import BlockMask
 from ._ops_shapes import DTYPES, MAX_DIM
@@ -172,9 +172,8 @@ def attention(
                     attn_mask = attn_mask.to(query.dtype)
                 if layout == "NHD":
                     short = tuple(x.transpose(1, 2) for x in short)  # type: ignore[assignment]
-                out = sdpa(
-                    *short, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
+                mask = whole_rows(attn_mask, kv_len)
+                out = sdpa(*short, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
                 return out.transpose(1, 2) if layout == "NHD" else out
         if attn_mask is not None:
             attn_mask = _element_mask(attn_mask, q_len, kv_len)
@@ -270,6 +269,7 @@ def _is_plain_mask(mask: Tensor, query: Tensor, q_len: int, kv_len: int) -> bool
         (dtype is torch.bool or dtype is query.dtype)
         and 2 <= len(shape) <= 4
         and shape[-1] in (1, kv_len) and shape[-2] in (1, q_len)
+        and not (mask.is_cuda and (shape[-1] != kv_len or mask.stride(-1) != 1))  # `whole_rows`
         and (len(shape) < 3 or shape[-3] in (1, query.shape[1]))
         and (len(shape) < 4 or shape[0] in (1, query.shape[0]))
         and mask.device == query.device
