@@ -82,7 +82,8 @@ class Config:
         # Made once: compiled graphs then read a constant, whatever they think of floats.
         object.__setattr__(self, "_text", self._build())
         is_default = (
-            self.topk is None and self.cdf is None and self.theta is None and self.pv_gap is None
+            self.topk is None and self.cdf is None and self.target_l1 is None
+            and self.theta is None and self.pv_gap is None
             and self.pooling is None and self.keep_first is None and self.keep_local is None
             and self.qk is None and self.isa is None and self.min_kv_len is None
             and self.policy in (None, "auto")

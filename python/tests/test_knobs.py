@@ -180,7 +180,8 @@ def test_a_knob_replaces_what_a_lower_level_chooses_by() -> None:
 def test_every_field_counts_as_asked_for() -> None:
     assert sparge.Config().is_default() and sparge.Config(policy="auto").is_default()
     for name in sparge.Config.__dataclass_fields__:
-        given = {"qk": "int8", "isa": "scalar", "policy": "paper", "pooling": "block"}.get(name, 1)
+        words = {"qk": "int8", "isa": "scalar", "policy": "paper", "pooling": "block"}
+        given = {**words, "target_l1": 0.5}.get(name, 1)
         assert not sparge.Config(**{name: given}).is_default(), name
 
 
