@@ -127,7 +127,7 @@ def settings(net: TerrainNet, args: argparse.Namespace) -> tuple[list[dict], dic
     seeds = [TUNING_SEED + i for i in range(args.probes)]
     row = recorded(net, seeds, args.side, args.device)
     layers = {"row": row, "hilbert": methods.along_hilbert(row)}
-    pooling = "16x16" if args.device == "cuda" else "16x16+2rows"
+    pooling = "16x16+2rows"
     samples = [sample(seed, args.side, args.device) for seed in seeds]
     tuned, effects = {}, {}
     for order in layers:

@@ -196,8 +196,8 @@ def _kind(
 ) -> "_sparge.CudaCall":
     """The prepared call of this kind, kept: making it costs a validation, at first a compilation."""
     about = (
-        device.index, query.dtype, query.shape, key.shape, value.shape, settings, lens,
-        element, has_blocks,
+        device.index, query.dtype, key.dtype, value.dtype, query.shape, key.shape, value.shape,
+        settings, lens, element, has_blocks,
     )  # fmt: skip
     kind = _calls.get(about)
     if kind is None:

@@ -98,7 +98,8 @@ def test_the_default_skips_and_stays_close(device: str) -> None:
     )
     assert stats.qk_sparsity() > 0.1
     assert stats.pv_sparsity() >= stats.qk_sparsity() - 0.05
-    assert relative_l1(got, want) < bound(device, 0.05, 0.06)
+    # 95% is skipped: few keys are left to average the rounding of e4m3 over.
+    assert relative_l1(got, want) < bound(device, 0.05, 0.08)
 
 
 def test_block_sparse_attention_computes_exactly_the_mask(device: str) -> None:
