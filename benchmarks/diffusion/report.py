@@ -99,9 +99,9 @@ def kernels_since(record: dict) -> str:
              "/ block pooling", "/ no attention", "rounds"]  # fmt: skip
     return (
         "## With the kernels since\n\n"
-        f"{record['device']}, {record['date']}, `latency-kernels.json`: attention by the kernel with a softmax in "
-        "integers (`docs/hopper-log.md`, fourth round), which the tables above do not have. The same command with "
-        "`--models cogvideox-2b,flux-dev,mochi,llama-24k` and these methods; milliseconds.\n\n"
+        f"{record['device']}, {record['date']}, `latency-kernels.json`: the kernels after the fifth round of "
+        "`docs/hopper-log.md`, which the tables above do not have. The same command with "
+        f"`--models {','.join(record['rows'])}` and these methods; milliseconds.\n\n"
         f"{table(heads, lines)}"
     )
 
