@@ -3,7 +3,8 @@
 // A persistent block of 384 threads: one producer thread copies tiles of two 64-key blocks (any
 // two: they need not be neighbours) into a ring in shared memory (sparge/tiles.cuh); two consumer
 // warpgroups own 64 query rows each. The softmax of a tile runs beside P·V of the one before; the
-// warpgroups issue their products in turns, so that neither's wait for the other's.
+// warpgroups issue their products in turns (but for an item's first and last), so that neither's
+// wait for the other's.
 //
 // Exponentials are integers. Where t = log2(SCALE·p) is a fixed-point number with 23 bits after the
 // point, (t + 127)·2²³ is the bits of a float: exponent right, mantissa 1 + f where 2^f was meant.
@@ -157,7 +158,7 @@ template <int D, class T, int STAGES> struct Consumer {
             const int key = (half ? second : first) + i % 32 / 4 * 8 + column + i % 2;
             if (key >= limit[i / 2 % 2]) scores[i] = 0xff800000;
         }
-        // Keys that are not finite are stored as 0: NaN to the rows that see them.
+        // Keys that are not finite count as 0: NaN to the rows that see them.
 #pragma unroll 1
         for (int w = 0; w < 4; w++) {
             u32 bad = word(keys(slot) + w / 2 * 16 + 4 + w % 2 * 4);
@@ -397,7 +398,7 @@ template <int D, class T, int STAGES> struct Consumer {
             wgmma_wait<0>();
             pin_registers(scores);
             tiles(scores, flags);
-            asm volatile("" : "+r"(index));
+            asm volatile("" : "+r"(index));  // not to keep through the tiles what `finish` makes of it
             finish(Item(a, index));
             mbar_arrive(PLACE(q_empty) + 8 * q_slot);
             q_ring.next();

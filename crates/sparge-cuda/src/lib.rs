@@ -1,7 +1,7 @@
 //! The operator of the `sparge` crate on NVIDIA GPUs.
 //!
 //! [`Attention::with`] takes the same shape, options and config as `sparge::Plan`, chooses kernels
-//! and sizes the workspace. [`Attention::forward`] enqueues predict → quantize → attend on the
+//! and sizes the workspace. [`Attention::forward`] enqueues quantize → predict → attend on the
 //! caller's stream, on the caller's device pointers: nothing is allocated and nothing waits, so a
 //! call can be captured in a CUDA graph. The same inputs give the same bits.
 //!

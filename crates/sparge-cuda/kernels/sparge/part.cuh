@@ -18,7 +18,7 @@ template <class T> constexpr u32 ENDLESS = 0;
 template <> constexpr u32 ENDLESS<Bf16> = 0x7f80;
 template <> constexpr u32 ENDLESS<F16> = 0x7c00;
 
-/// The low halves of `above`, then a byte each of `hi` and `lo`.
+/// From the top: the low half of `above`, a byte of `hi`, a byte of `lo`.
 __device__ __forceinline__ u32 pack_s8(i32 hi, i32 lo, u32 above) {
     u32 y;
     asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(hi), "r"(lo), "r"(above));

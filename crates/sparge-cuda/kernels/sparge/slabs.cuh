@@ -12,6 +12,7 @@ namespace sparge {
 constexpr int SLAB_ROWS = 64;
 constexpr int SLAB_THREADS = 128;  // each warp has 16 rows
 constexpr int SLAB = SLAB_ROWS * 128;
+static_assert(SLAB % 1024 == 0, "warpgroup products read slabs that start at a multiple of 1024");
 constexpr int SLAB_STAGES = 3;     // slabs of keys in flight
 
 /// The row and the 16-byte chunk of a slab that a thread copies first; its next rows are SLAB_STEP apart.

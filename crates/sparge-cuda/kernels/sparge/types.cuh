@@ -43,7 +43,7 @@ struct Args {
                           // null for `quantize`: not wanted
     i8 *k8;               // [batch, kv_heads, kv_blocks] images of 64 x d, swizzled
     float *k_scale;       // [batch, kv_heads, kv_blocks, 2, 4], of four: the scale, then 64 bits of
-                          // keys whose K or V is not finite (they are stored as 0), nothing.
+                          // keys whose K or V is not finite (such elements count as 0), nothing.
                           // First for tiles that every row sees, where the scale is NaN if there is
                           // such a key, then for tiles that are cut.
     u8 *v8;               // [batch, kv_heads, kv_blocks] images of d x 64, keys permuted, swizzled

@@ -4,7 +4,7 @@
 
 namespace sparge {
 
-/// The low word of the matrix descriptor of a K-major 8-bit operand; the high word depends on the
+/// The low word of the matrix descriptor of a K-major operand; the high word depends on the
 /// row width alone.
 __device__ __forceinline__ u32 descriptor(u32 address) {
     return 1u << 16 | (address & 0x3ffff) >> 4;
