@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Callable, Optional, Union
@@ -24,7 +25,7 @@ _torch: Any = None
 
 def _is_torch(array: Any) -> bool:
     if _torch is None:
-        if "torch" not in sys.modules:
+        if sys.modules.get("torch") is None:
             return False
         _import_torch()
     return isinstance(array, _torch.Tensor)
@@ -37,8 +38,10 @@ def _import_torch() -> None:
     _torch = module
 
 
-if "torch" in sys.modules:
-    _import_torch()
+if sys.modules.get("torch") is not None:
+    # A torch that is too old, or a stand-in, is no torch to numpy's users.
+    with contextlib.suppress(ImportError, AttributeError):
+        _import_torch()
 
 
 def attention(

@@ -6,6 +6,8 @@ from typing import Any, Optional
 
 import torch
 
+from ._dense import host_lengths
+from ._ops import attention as operator
 from ._ops_shapes import MAX_DIM, check_dtype
 from ._sparge import SpargeError
 
@@ -68,6 +70,8 @@ def check(
             "run under torch.no_grad() or torch.inference_mode()"
         )
     if attn_mask is not None:
+        if not 1 <= attn_mask.ndim <= 4:
+            raise SpargeError(f"attn_mask has {attn_mask.ndim} dimensions, expected 1 to 4")
         if is_causal:
             raise SpargeError(
                 "is_causal cannot be combined with attn_mask: put the diagonal into the mask"
@@ -108,6 +112,10 @@ def check_fit(
     if layout == "NHD":
         heads, q_len = q_len, heads
         kv_heads, kv_len, v_heads, v_len = kv_len, kv_heads, v_len, v_heads
+    if not (batch and heads and q_len and kv_len):
+        raise SpargeError(
+            f"batch is {batch}, heads {heads}, qo_len {q_len} and kv_len {kv_len}, expected at least 1 each"
+        )
     if dim_k != dim or not (0 < dim <= MAX_DIM and 0 < dim_v <= MAX_DIM):
         raise SpargeError(
             f"query, key and value have head dimensions {dim}, {dim_k} and {dim_v}; query and key must "
@@ -124,6 +132,37 @@ def check_fit(
         )
     if attn_mask is not None:
         check_mask(attn_mask, (batch, heads, q_len, kv_len))
+
+
+def check_words(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Any,
+    layout: str,
+    text: str,
+) -> None:
+    """What is wrong with a call whatever computes it: asked before exact attention takes one over."""
+    check_dims(query, key, value)
+    if layout != "HND" and layout != "NHD":
+        raise SpargeError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
+    tokens, heads = (2, 1) if layout == "HND" else (1, 2)
+    # The operator itself judges the settings, on next to nothing; ranges were judged when they became text.
+    words = " ".join(word for word in text.split() if not word.startswith("keep_"))
+    tiny = [torch.zeros(1, x.shape[heads], 1, 8, device="cpu") for x in (query, key, key)]
+    if layout == "NHD":
+        tiny = [x.transpose(1, 2) for x in tiny]
+    operator(*tiny, None, None, None, words)
+    if key_lengths is not None:
+        lens = host_lengths(key_lengths, query)
+        if lens.ndim != 1 or lens.shape[0] != query.shape[0]:
+            raise SpargeError(
+                f"key_lengths has shape {tuple(lens.shape)}, expected one length per batch entry "
+                f"({query.shape[0]})"
+            )
+        most = key.shape[tokens]
+        if not lens.is_meta and lens.numel() and not 0 <= int(lens.min()) <= int(lens.max()) <= most:
+            raise SpargeError(f"key_lengths is {lens.tolist()}, expected lengths from 0 to {most}")
 
 
 def check_mask(mask: Tensor, full: "tuple[int, int, int, int]") -> None:

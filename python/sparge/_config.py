@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
@@ -61,7 +62,6 @@ class Config:
 
     topk: PerHead = None
     cdf: PerHead = None
-    target_l1: Optional[float] = None
     theta: PerHead = None
     pv_gap: PerHead = None
     pooling: Optional[str] = None
@@ -71,12 +71,15 @@ class Config:
     isa: Optional[str] = None
     policy: Optional[str] = None
     min_kv_len: Optional[int] = None
+    target_l1: Optional[float] = None
 
     def __post_init__(self) -> None:
         for name in _PER_HEAD:
             object.__setattr__(self, name, per_head(name, getattr(self, name)))
         if self.qk is not None and self.qk not in QK:
             raise SpargeError(f"qk is {self.qk!r}, expected one of {', '.join(QK)}")
+        if self.policy == "":
+            raise SpargeError("policy is '', expected a name or None")
         if self.target_l1 is not None:
             self._check_target()
         # Made once: compiled graphs then read a constant, whatever they think of floats.
@@ -91,7 +94,13 @@ class Config:
         object.__setattr__(self, "_is_default", is_default)
 
     def _check_target(self) -> None:
-        if not 0 < self.target_l1 < 1:  # type: ignore[operator]
+        try:
+            target = float(self.target_l1)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            kind = type(self.target_l1).__name__
+            raise TypeError(f"target_l1 is {kind}, expected a number") from None
+        object.__setattr__(self, "target_l1", target)
+        if not 0 < target < 1:
             raise SpargeError(f"target_l1 is {self.target_l1!r}, expected above 0 and below 1")
         asked = [name for name in ("topk", "cdf") if getattr(self, name) is not None]
         if asked:
@@ -234,7 +243,10 @@ def settings_text(
     if causal is not None:
         words.append("causal=" + causal)
     if scale is not None:
-        words.append(f"scale={float(scale)!r}")
+        scale = float(scale)
+        if not math.isfinite(scale):
+            raise SpargeError(f"scale is {scale}, expected a finite number")
+        words.append(f"scale={scale!r}")
     if window is not None:
         try:
             left, right = window
@@ -248,12 +260,14 @@ def settings_text(
     for name, kept in (("keep_keys", keep_keys), ("keep_queries", keep_queries)):
         if kept:
             try:
-                ranges = [f"{int(start)}:{int(end)}" for start, end in kept]
+                pairs = [(int(start), int(end)) for start, end in kept]
             except (TypeError, ValueError):
                 raise SpargeError(
                     f"{name} is {kept!r}, expected token ranges ((from, to), …)"
                 ) from None
-            words.append(name + "=" + ",".join(ranges))
+            if any(not 0 <= start < end for start, end in pairs):
+                raise SpargeError(f"{name} is {kept!r}, expected token ranges with from below to")
+            words.append(name + "=" + ",".join(f"{start}:{end}" for start, end in pairs))
     text = config.text()
     return " ".join(words) + (" " + text if text else "")
 

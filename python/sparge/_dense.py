@@ -104,6 +104,8 @@ def dense(
             attn_mask = attn_mask & extra
         else:
             attn_mask = attn_mask.masked_fill(~extra, -math.inf)
+    if attn_mask is not None and attn_mask.ndim == 1:
+        attn_mask = attn_mask.unsqueeze(0)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(query.dtype)
     out = sdpa(

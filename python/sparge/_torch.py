@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Optional, Union
@@ -9,9 +10,9 @@ from typing import Any, Optional, Union
 import torch
 
 from . import _ops
-from ._config import DENSE, Config, per_head, settings_text
+from ._config import DENSE, Config, parsed, per_head, settings_text
 from ._dense import DenseOptions, Window, dense, host_lengths, sdpa, whole_rows
-from ._checks import check, check_dims, check_fit, check_kinds, same_device
+from ._checks import check, check_dims, check_fit, check_kinds, check_words, same_device
 from ._mask import BlockMask
 from ._ops_shapes import DTYPES, MAX_DIM
 from ._sparge import SpargeError
@@ -132,6 +133,9 @@ def attention(
 ) -> Any:
     """`sparge.attention` on torch tensors."""
     check_kinds(key, value, attn_mask, block_mask)
+    query, key, value = _as_autocast(query, key, value)
+    if isinstance(scale, Tensor):
+        scale = float(scale)  # a value: the settings of a call are remembered
     causal = causal_alignment if is_causal else None
     if query.ndim == 3:
         query, key, value = (x.unsqueeze(1 if layout == "HND" else 2) for x in (query, key, value))
@@ -149,7 +153,8 @@ def attention(
     is_untuned = (
         topk is None and cdf is None and theta is None and pv_gap is None
         and policy in (None, "auto")
-        and (config is None or config.is_default())
+        and (config is None or config.is_default() or (
+            policy is not None and config.override(policy=policy).is_default()))
     )  # fmt: skip
     is_short = is_untuned and _is_short(query, q_len, kv_len, AUTO, causal, window)
     text, leaves = _kept_settings(
@@ -167,7 +172,11 @@ def attention(
             if plain and (causal != "bottom_right" or q_len == kv_len):
                 # The crossover: below it the default is exact attention, and SDPA is exact.
                 check_fit(query, key, value, attn_mask, layout)
+                if not torch.compiler.is_compiling():
+                    parsed(text)
                 short = (query, key, value)
+                if attn_mask is not None and attn_mask.ndim == 1:
+                    attn_mask = attn_mask.unsqueeze(0)
                 if attn_mask is not None and attn_mask.dtype != torch.bool:
                     attn_mask = attn_mask.to(query.dtype)
                 if layout == "NHD":
@@ -186,10 +195,24 @@ def attention(
     except (SpargeError, TypeError, NotImplementedError) as error:
         if fallback != "dense" or return_lse or return_stats or block_mask is not None:
             raise
+        # What the operator cannot do is served; what no attention means is not.
+        check_words(query, key, value, key_lengths, layout, text)
         _warn(error)
         options = DenseOptions(scale, enable_gqa, causal, window, layout, key_lengths, dropout_p)
         return dense(query, key, value, attn_mask, options)
     return (out,) + ((lse,) if return_lse else ()) + ((Stats(counts),) if return_stats else ())
+
+
+def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> "tuple[Tensor, Tensor, Tensor]":
+    """Under autocast in its type, as SDPA does, so that a call's length does not decide it."""
+    kind = query.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(  # type: ignore[return-value]
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in (query, key, value)
+    )
 
 
 def _without_heads(result: Any, layout: str, has_lse: bool) -> Any:
@@ -216,6 +239,8 @@ def plain_and_short(
 ) -> Optional[Tensor]:
     """SDPA's output where the call is `_is_plain_and_short`."""
     if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return None
+    if scale is not None and (isinstance(scale, Tensor) or not math.isfinite(scale)):
         return None
     is_nhd = layout == "NHD"
     if is_nhd:
@@ -250,6 +275,7 @@ def _is_plain_and_short(
         and len(shape) == 4 and len(keys) == 4
         and shape[0] == keys[0] and (shape[1] == keys[1] or enable_gqa and keys[1] > 0 and shape[1] % keys[1] == 0)
         and shape[3] == keys[3] and 0 < shape[3] <= MAX_DIM
+        and shape[0] > 0 and shape[2] > 0 and keys[2] > 0
         # An ordinary value has the key's sizes.
         and value.shape == keys
         and (query.is_cpu or query.is_cuda)

@@ -52,6 +52,8 @@ class Override:
         length = q.shape[tokens]
         is_ours = (
             mask is None
+            # What this does not know of (a softcap, say) is for ComfyUI's function.
+            and all(x is None or name in _KNOWN for name, x in kwargs.items())
             and length >= MIN_TOKENS
             and k.shape[tokens] == length
             and kwargs.get("low_precision_attention", True)
@@ -96,6 +98,12 @@ class Override:
             if layer < self.dense_layers:
                 return True
         return bool(self.dense_steps) and _step(options) < self.dense_steps
+
+
+_KNOWN = frozenset((
+    "q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape", "scale",
+    "enable_gqa", "low_precision_attention", "transformer_options", "_inside_attn_wrapper",
+))  # fmt: skip
 
 
 def _named(args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> "tuple[Any, ...]":

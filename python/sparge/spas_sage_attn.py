@@ -35,7 +35,8 @@ And of the older names:
 * P·V is in float16 with float16 sums there; here the arithmetic is that of the newer ones (on a GPU fp8
   where it has it). ``sparge.attention(..., config=sparge.Config(qk="half"))`` has both products in 16 bits.
 * ``is_causal`` reaches the kernel there as well, so in this the results agree.
-* ``return_lse`` is in units of log2 there and lacks the keys' mean; here it is as above.
+* ``return_lse`` is in units of log2 there and lacks the keys' mean (the top-k function returns the flag in its place);
+  here it is as above.
 * There is no block-sparse one there, nor here.
 """
 

@@ -141,3 +141,66 @@ def test_another_default_device_changes_nothing() -> None:
         got = sparge.attention(q, k, v, key_lengths=[300, 100], topk=0.5)
         boxes = _grids._boxes_of(places)
     assert torch.equal(got, want) and boxes == ((1, 4, 6),)
+
+
+def test_exact_attention_takes_over_no_wrong_words() -> None:
+    q, k, v = (x.double() for x in qkv(q_len=200))
+    wrong: "list[tuple[dict[str, Any], str]]" = [
+        ({"layout": "BSHD"}, "layout is 'BSHD'"),
+        ({"key_lengths": [9999]}, "from 0 to 200"),
+        ({"key_lengths": [1, 2, 3]}, "one length per batch entry"),
+        ({"topk": 1.5}, "top_k is 1.5"),
+        ({"policy": "magic"}, "magic"),
+        ({"cdf": (0.5, 0.6, 0.7)}, "has 3 entries"),
+        ({"keep_keys": ((9, 3),)}, "from below to"),
+    ]
+    for given, words in wrong:
+        with pytest.raises(sparge.SpargeError, match=words):
+            sparge.attention(q, k, v, enable_gqa=True, fallback="dense", **given)
+
+
+@pytest.mark.parametrize("length", [300, 2100])
+def test_wrong_values_are_refused_at_every_length(length: int) -> None:
+    q, k, v = qkv(q_len=length)
+    for given in ({"keep_keys": ((9, 3),)}, {"scale": float("nan")}, {"scale": float("inf")}):
+        with pytest.raises(sparge.SpargeError):
+            sparge.attention(q, k, v, enable_gqa=True, **given)
+    with pytest.raises(sparge.SpargeError):
+        sparge.attention(q[:0], k[:0], v[:0], enable_gqa=True)
+    with pytest.raises(sparge.SpargeError, match="0 dimensions"):
+        sparge.attention(q, k, v, torch.tensor(True), enable_gqa=True)
+    row = torch.rand(length) < 0.7
+    want = sparge.attention(q, k, v, row[None], enable_gqa=True)
+    assert torch.equal(sparge.attention(q, k, v, row, enable_gqa=True), want)
+
+
+@pytest.mark.parametrize("length", [300, 2100])
+def test_a_scale_in_a_tensor_is_a_value(length: int) -> None:
+    q, k, v = qkv(q_len=length)
+    scale = torch.tensor(0.1)
+    first = sparge.attention(q, k, v, scale=scale, enable_gqa=True)
+    scale.fill_(0.5)
+    second = sparge.attention(q, k, v, scale=scale, enable_gqa=True)
+    assert torch.equal(second, sparge.attention(q, k, v, scale=0.5, enable_gqa=True))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("length", [300, 2100])
+def test_autocast_decides_the_type_at_every_length(length: int) -> None:
+    q, k, v = qkv(q_len=length)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = sparge.attention(q, k, v.bfloat16(), enable_gqa=True)
+        assert sparge.attention(q, k, v, enable_gqa=True).dtype == torch.bfloat16
+    assert got.dtype == torch.bfloat16
+
+
+def test_auto_over_a_config_is_the_default() -> None:
+    q, k, v = qkv(q_len=1500)
+    config = sparge.Config(topk=0.5)
+    got = sparge.attention(q, k, v, enable_gqa=True, config=config, policy="auto")
+    assert torch.equal(got, sparge.attention(q, k, v, enable_gqa=True))
+    assert sparge.predict(q, k, config=config, policy="auto").density() == 1.0
+    with pytest.raises(sparge.SpargeError, match="policy is ''"):
+        sparge.Config(policy="")
+    with pytest.raises(TypeError, match="target_l1 is list"):
+        sparge.Config(target_l1=[0.1])  # type: ignore[arg-type]

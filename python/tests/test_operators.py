@@ -114,6 +114,10 @@ def test_bad_direct_calls_are_refused(change: dict[str, Any], words: str, device
         "query": q, "key": k, "value": v, "attn_mask": None, "block_mask": None, "kv_lens": None,
         "settings": HND, **change,
     }  # fmt: skip
+    # Known already: what is kept of a right call must not hide what is wrong with this one.
+    right = {**call, **dict.fromkeys(change), "query": q, "key": k, "value": v, "settings": HND}
+    _ops.attention(**right)
+    _ops.attention_full(**right)
     with pytest.raises(sparge.SpargeError, match=words):
         _ops.attention(**call)
     with pytest.raises(sparge.SpargeError, match=words):
