@@ -127,11 +127,10 @@ def settings(net: TerrainNet, args: argparse.Namespace) -> tuple[list[dict], dic
     seeds = [TUNING_SEED + i for i in range(args.probes)]
     row = recorded(net, seeds, args.side, args.device)
     layers = {"row": row, "hilbert": methods.along_hilbert(row)}
-    pooling = "16x16+2rows"
     samples = [sample(seed, args.side, args.device) for seed in seeds]
     tuned, effects = {}, {}
     for order in layers:
-        tuned[order] = Tuned(args.folder, args.side, order, pooling, layers[order])
+        tuned[order] = Tuned(args.folder, args.side, order, layers[order])
         effects[order] = tuned[order].effects(net, samples, order)
         print(order, {i: round(x, 1) for i, x in effects[order].items()}, flush=True)
 

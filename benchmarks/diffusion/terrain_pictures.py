@@ -40,7 +40,7 @@ def main() -> None:
     record = json.loads((HERE / f"records/terrain-{args.side}-cpu.json").read_text())
     rows = {r["name"]: r for r in record["rows"][::-1] if r["order"] == "row"}
     layers = recorded(net, [args.seed], args.side, "cpu")
-    tuned = Tuned(args.folder, args.side, "row", "16x16+2rows", layers)
+    tuned = Tuned(args.folder, args.side, "row", layers)
     bounds = {int(layer): bound for layer, bound in rows["tuned by effect"]["bounds"].items()}
     shown = [
         ("tuned by effect", tuned.of_each(bounds)),

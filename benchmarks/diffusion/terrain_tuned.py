@@ -20,6 +20,8 @@ from terrain_metrics import compare
 from terrain_net import TerrainNet, dense
 from torch import Tensor
 
+# As terrain_tune has it: the default prediction.
+POOLING = "16x16+2rows"
 BOUNDS = ("0.01", "0.02", "0.05", "0.1", "0.2", "0.4")
 # The bound at which the effect of a layer is measured.
 PROBED = "0.05"
@@ -31,7 +33,7 @@ Bounds = dict[int, Optional[str]]
 class Tuned:
     """The files `FOLDER/SIDE-TOKENS-ORDER-POOLING-BOUND.json`: every layer at every bound."""
 
-    def __init__(self, folder: Path, side: int, order: str, pooling: str, layers: Recorded) -> None:
+    def __init__(self, folder: Path, side: int, order: str, layers: Recorded) -> None:
         of_length: dict[int, list[int]] = {}
         for layer, (q, _, _) in layers.items():
             of_length.setdefault(q.shape[2], []).append(layer)
@@ -40,7 +42,7 @@ class Tuned:
         self.errors: dict[tuple[int, str], float] = {}
         for tokens, same in of_length.items():
             for bound in BOUNDS:
-                path = folder / f"{side}-{tokens}-{order}-{pooling}-{bound}.json"
+                path = folder / f"{side}-{tokens}-{order}-{POOLING}-{bound}.json"
                 data = json.loads(path.read_text())
                 calibration = sparge.load_calibration(data)
                 for i, layer in enumerate(same):

@@ -39,6 +39,11 @@ def same_device(query: Tensor, tensor: Optional[Tensor], name: str) -> None:
         )
 
 
+def check_layout(layout: str) -> None:
+    if layout != "HND" and layout != "NHD":
+        raise SpargeError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
+
+
 def check_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise SpargeError(
@@ -82,8 +87,7 @@ def check(
                 "run under torch.no_grad() or torch.inference_mode()"
             )
         same_device(query, attn_mask, "attn_mask")
-    if layout != "HND" and layout != "NHD":
-        raise SpargeError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
+    check_layout(layout)
     heads = 1 if layout == "HND" else 2
     if not enable_gqa and query.shape[heads] != key.shape[heads]:
         raise SpargeError(
@@ -144,8 +148,7 @@ def check_words(
 ) -> None:
     """What is wrong with a call whatever computes it: asked before exact attention takes one over."""
     check_dims(query, key, value)
-    if layout != "HND" and layout != "NHD":
-        raise SpargeError(f"layout is {layout!r}, expected 'HND' or 'NHD'")
+    check_layout(layout)
     tokens, heads = (2, 1) if layout == "HND" else (1, 2)
     # The operator itself judges the settings, on next to nothing; ranges were judged when they became text.
     words = " ".join(word for word in text.split() if not word.startswith("keep_"))

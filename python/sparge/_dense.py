@@ -28,10 +28,17 @@ def host_lengths(lengths: Union[Tensor, Sequence[int]], query: Tensor) -> Tensor
     return given.to(device, torch.int64)
 
 
-def whole_rows(mask: Optional[Tensor], kv_len: int) -> Optional[Tensor]:
-    """The mask with a column for every key on a GPU: torch 2.11's kernels take one column for all, or
-    keys that lie apart, with an error, a wrong result or a misaligned read."""
-    if mask is None or not mask.is_cuda or (mask.shape[-1] == kv_len and mask.stride(-1) == 1):
+def fitted_mask(mask: Optional[Tensor], query: Tensor, kv_len: int) -> Optional[Tensor]:
+    """The mask as SDPA takes it: two dimensions or more, bool or of the query's type, and on a GPU a column
+    for every key. (torch 2.11's kernels take one column for all, or keys that lie apart, with an
+    error, a wrong result or a misaligned read.)"""
+    if mask is None:
+        return None
+    if mask.ndim == 1:
+        mask = mask.unsqueeze(0)
+    if mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    if not mask.is_cuda or (mask.shape[-1] == kv_len and mask.stride(-1) == 1):
         return mask
     return mask.expand(*mask.shape[:-1], kv_len).contiguous()
 
@@ -104,15 +111,11 @@ def dense(
             attn_mask = attn_mask & extra
         else:
             attn_mask = attn_mask.masked_fill(~extra, -math.inf)
-    if attn_mask is not None and attn_mask.ndim == 1:
-        attn_mask = attn_mask.unsqueeze(0)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.to(query.dtype)
     out = sdpa(
         query,
         key,
         value,
-        whole_rows(attn_mask, kv_len),
+        fitted_mask(attn_mask, query, kv_len),
         o.dropout_p,
         is_causal,
         scale=o.scale,

@@ -10,8 +10,8 @@ from typing import Any, Optional, Union
 import torch
 
 from . import _ops
-from ._config import DENSE, Config, parsed, per_head, settings_text
-from ._dense import DenseOptions, Window, dense, host_lengths, sdpa, whole_rows
+from ._config import DENSE, Config, per_head, settings_text
+from ._dense import DenseOptions, Window, dense, host_lengths, sdpa, fitted_mask
 from ._checks import check, check_dims, check_fit, check_kinds, check_words, same_device
 from ._mask import BlockMask
 from ._ops_shapes import DTYPES, MAX_DIM
@@ -172,16 +172,10 @@ def attention(
             if plain and (causal != "bottom_right" or q_len == kv_len):
                 # The crossover: below it the default is exact attention, and SDPA is exact.
                 check_fit(query, key, value, attn_mask, layout)
-                if not torch.compiler.is_compiling():
-                    parsed(text)
                 short = (query, key, value)
-                if attn_mask is not None and attn_mask.ndim == 1:
-                    attn_mask = attn_mask.unsqueeze(0)
-                if attn_mask is not None and attn_mask.dtype != torch.bool:
-                    attn_mask = attn_mask.to(query.dtype)
                 if layout == "NHD":
                     short = tuple(x.transpose(1, 2) for x in short)  # type: ignore[assignment]
-                mask = whole_rows(attn_mask, kv_len)
+                mask = fitted_mask(attn_mask, query, kv_len)
                 out = sdpa(*short, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
                 return out.transpose(1, 2) if layout == "NHD" else out
         if attn_mask is not None:
@@ -255,7 +249,8 @@ def plain_and_short(
         causal_alignment != "bottom_right" or query.shape[2] != key.shape[2]
     ):
         return None
-    out = sdpa(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    mask = fitted_mask(attn_mask, query, key.shape[2])
+    out = sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     return out.transpose(1, 2) if is_nhd else out
 
 
@@ -295,7 +290,6 @@ def _is_plain_mask(mask: Tensor, query: Tensor, q_len: int, kv_len: int) -> bool
         (dtype is torch.bool or dtype is query.dtype)
         and 2 <= len(shape) <= 4
         and shape[-1] in (1, kv_len) and shape[-2] in (1, q_len)
-        and not (mask.is_cuda and (shape[-1] != kv_len or mask.stride(-1) != 1))  # `whole_rows`
         and (len(shape) < 3 or shape[-3] in (1, query.shape[1]))
         and (len(shape) < 4 or shape[0] in (1, query.shape[0]))
         and mask.device == query.device

@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(384, 1) attend_sm90(const __grid_constant__ Ar
         const int tile = i / (8 * BLOCK_KV), at = i % (8 * BLOCK_KV);
         s.v[tile / 2][tile % 2][D * BLOCK_KV + at] = at < BLOCK_KV ? 0x38 : 0;  // 1.0 in e4m3
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    shared_fence();
     __syncthreads();
     wait_for_predecessor();
     if (threadIdx.x >= CONSUMERS) {

@@ -7,9 +7,6 @@ namespace sparge {
 
 constexpr int SUB = 16;  // rows of a warp
 
-__device__ __forceinline__ bool is_finite(float x) {
-    return (as_bits(x) & 0x7f800000u) != 0x7f800000u;
-}
 __device__ __forceinline__ u32 magnitude(float x) { return as_bits(x) & 0x7fffffffu; }
 __device__ __forceinline__ u32 umax(u32 a, u32 b) { return a > b ? a : b; }
 

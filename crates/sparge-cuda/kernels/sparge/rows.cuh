@@ -16,10 +16,6 @@ template <> struct Reader<F32> {
     }
 };
 
-__device__ __forceinline__ bool is_finite(float x) {
-    return (as_bits(x) & 0x7f800000u) != 0x7f800000u;
-}
-
 /// A query block, or a key block (of K or of V), of one head.
 struct Block {
     int head, index;     // of all blocks of the head

@@ -51,7 +51,7 @@ struct Ring {
     __device__ __forceinline__ u32 take() {
         copy_wait<SLAB_STAGES - 2>();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // warpgroup products read it
+        shared_fence();
 #endif
         __syncthreads();  // the slab is there, and all are done with the one before
         fetch();

@@ -27,6 +27,9 @@ __device__ __forceinline__ float lg2(float x) {
 }
 __device__ __forceinline__ float as_float(u32 x) { return __uint_as_float(x); }
 __device__ __forceinline__ u32 as_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ bool is_finite(float x) {
+    return (as_bits(x) & 0x7f800000u) != 0x7f800000u;
+}
 
 template <class X> __device__ __forceinline__ X warp_sum(X x) {
 #pragma unroll

@@ -11,6 +11,10 @@ __device__ __forceinline__ u32 descriptor(u32 address) {
 }
 /// The high word, for swizzled rows of ROW bytes (64 or 128).
 template <int ROW> constexpr u32 DESCRIPTOR_HIGH = (ROW == 128 ? 1u : 2u) << 30 | ROW * 8 >> 4;
+/// What this thread wrote to shared memory may be read by warpgroup products (after a barrier).
+__device__ __forceinline__ void shared_fence() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
